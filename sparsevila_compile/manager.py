@@ -1,0 +1,182 @@
+"""Runs passes: order, snapshots, verification, roll-back, reports."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import sparsevila_compile.passes  # noqa: F401  (registers them)
+from sparsevila_compile.errors import GraphError, UserError
+from sparsevila_compile.pass_base import PASSES, Context, Match, Miss, Pass, PassError
+from sparsevila_compile.program import STAGES, Program
+from sparsevila_compile.report import MissGroup, PassReport, Site
+from sparsevila_compile.verify import verify
+
+Step = tuple[Pass[Any], int | None]
+"""A pass and its index in the recipe's list (None: added by the compiler)."""
+
+
+def fingerprint(program: Program) -> str:
+    """A hash of the graphs' structure and of which tensors the weights are."""
+    digest = hashlib.sha256()
+    for name, component in sorted(program.components.items()):
+        digest.update(f"{name}{component.outputs}".encode())
+        for node in component.graph.nodes:
+            digest.update(f"{node.op} {node.name} {node.target} {node.args} {node.kwargs}\n".encode())
+    for name, weight in sorted(program.weights.items()):
+        digest.update(f"{name} {id(weight)} {weight.dtype} {tuple(weight.shape)}".encode())
+    digest.update(f"{program.prune}{program.retrieval}{program.caches}{program.taps}".encode())
+    return digest.hexdigest()
+
+
+def steps_for(passes: Sequence[Pass[Any]]) -> list[Step]:
+    """The recipe's passes plus those that every compilation needs, where not listed.
+
+    Raises:
+        PassError: out of stage order, or a pass twice that must not repeat.
+    """
+    steps: list[Step] = [(p, i) for i, p in enumerate(passes)]
+    seen: dict[str, int] = {}
+    last = -1
+    for pass_, index in steps:
+        order = STAGES.index(pass_.stage)
+        if pass_.name in seen and not pass_.repeatable:
+            raise PassError(
+                f"{pass_.name} is listed twice (first as number {seen[pass_.name] + 1}); "
+                "a second run would match nothing; remove one",
+                index,
+            )
+        if order < last:
+            before = passes[(index or 0) - 1].name
+            raise PassError(
+                f"{pass_.name} (stage {pass_.stage}) is listed after {before} (stage "
+                f"{passes[(index or 0) - 1].stage}); the order is {' → '.join(STAGES[1:])}",
+                index,
+            )
+        seen[pass_.name] = index or 0
+        last = order
+    if "canonicalize" not in seen:
+        steps.insert(0, (_default("canonicalize"), None))
+    if "lower_ops" not in seen:
+        steps.append((_default("lower_ops"), None))
+    return steps
+
+
+def _default(name: str) -> Pass[Any]:
+    cls = PASSES[name]
+    return cls(cls.config_type())
+
+
+def run_passes(
+    program: Program,
+    passes: Sequence[Pass[Any]],
+    context: Context,
+    on_report: Callable[[PassReport], None] = lambda report: None,
+    on_start: Callable[[str], None] = lambda name: None,
+) -> list[PassReport]:
+    """Run passes in order over the program, in place.
+
+    Each pass runs on a snapshot-protected program: whatever it raises, the program is as it was
+    before that pass. ``on_report`` is called after each.
+
+    Raises:
+        PassError: a pass refused the program or matched nothing.
+        GraphError: a pass broke the program (a defect); the program is restored first.
+    """
+    reports = []
+    for pass_, index in steps_for(passes):
+        on_start(pass_.name)
+        reports.append(_run(program, pass_, index, context))
+        on_report(reports[-1])
+    return reports
+
+
+def look(program: Program, pass_: Pass[Any]) -> tuple[list[Match], list[Miss]]:
+    """What a pass would match and miss; changes nothing."""
+    pass_.requires(program)
+    found = list(pass_.match(program))
+    return (
+        [m for m in found if isinstance(m, Match)],
+        [m for m in found if isinstance(m, Miss)],
+    )
+
+
+def _run(program: Program, pass_: Pass[Any], index: int | None, context: Context) -> PassReport:
+    snapshot = program.snapshot()
+    before = fingerprint(program)
+    nodes, size = program.node_count(), program.weight_bytes()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    context.notes = {}
+    try:
+        matches, misses = look(program, pass_)
+        # Before rewriting: a rewrite may erase the node that a site is named after.
+        sites = tuple(m.site() for m in matches)
+        if not matches and not pass_.config.optional and index is not None:
+            raise UserError(f"{pass_.name} matches nothing{_why(misses)}; fix its options, remove it, or set optional: true")
+        for match in matches:
+            pass_.rewrite(program, match, context)
+        pass_.finish(program, matches, context)
+        program.drop_unused_weights()
+        program.stage = pass_.stage
+        program.passes.append(pass_.name)
+        verify(program)
+        pass_.ensures(program)
+    except UserError as error:
+        program.restore(snapshot)
+        raise PassError(str(error), index) from error
+    except BaseException:
+        program.restore(snapshot)
+        raise
+    modified = fingerprint(program) != before
+    if matches and not modified:
+        program.restore(snapshot)
+        raise GraphError(f"{pass_.name} matched {len(matches)} times and changed nothing")
+    return PassReport(
+        name=pass_.name,
+        index=index,
+        stage=pass_.stage,
+        options=pass_.config.model_dump(mode="json"),
+        matches=sites,
+        misses=_group(misses),
+        modified=modified,
+        nodes_before=nodes,
+        nodes_after=program.node_count(),
+        bytes_before=size,
+        bytes_after=program.weight_bytes(),
+        seconds=time.perf_counter() - start,
+        peak_memory_bytes=peak_memory(),
+        implementations=context.notes.pop("implementations", {}),
+        fallbacks=context.notes.pop("fallbacks", {}),
+        notes=dict(context.notes),
+    )
+
+
+def _why(misses: list[Miss]) -> str:
+    groups = _group(misses)
+    if not groups:
+        return ": nothing in the model looks like it"
+    text = "; ".join(f"{len(g.sites)} × {g.reason}" for g in groups[:3])
+    return f" ({text})"
+
+
+def _group(misses: list[Miss]) -> tuple[MissGroup, ...]:
+    groups: dict[str, list[Site]] = {}
+    for miss in misses:
+        groups.setdefault(miss.reason, []).append(miss.site())
+    return tuple(MissGroup(reason=r, sites=tuple(s)) for r, s in groups.items())
+
+
+def peak_memory() -> int:
+    """Bytes: CUDA peak since the last reset, or the process's peak resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
