@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, no_type_check
 
 import torch
 
-Reason = str | None
-"""Why something cannot be done, or None where it can."""
+from .registry import Reason as Reason
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -91,6 +91,14 @@ def check_launch(op: str, tensor: torch.Tensor) -> None:
         raise RuntimeError(f"{op}/triton: {reason}")
 
 
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Around a launch: Triton launches on the current CUDA device, not on that of the tensors."""
+    if tensor.device.type != "cuda":
+        return nullcontext()
+    guard: AbstractContextManager[Any] = torch.cuda.device(tensor.device)  # type: ignore[no-untyped-call]
+    return guard
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least ``n`` (and at least 1)."""
     return 1 << max(n - 1, 0).bit_length()
@@ -104,6 +112,22 @@ def cdiv(a: int, b: int) -> int:
 def dot_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot``: float32 operands keep all their bits, never TF32."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+_INTERPRETED = tl.constexpr(_INTERPRETING)
+
+
+@triton.jit
+@no_type_check
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b`` in float32, a cast to b's dtype; use this and not ``tl.dot``.
+
+    Triton's interpreter (3.6, 3.7) multiplies the bit patterns of bfloat16, and truncates where a
+    GPU rounds when it casts to it: there both operands are widened, which loses nothing.
+    """
+    if _INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION)
 
 
 def processors(device: torch.device) -> int:
