@@ -56,15 +56,12 @@ class _Language(torch.nn.Module):
         return self.head[0](hidden.gather(1, rows))  # type: ignore[no-any-return]
 
 
-class _Found(Exception):
-    """Ends the forward pass once the projector has spoken."""
-
-
 class _BatchedVision(torch.nn.Module):
     """Pictures of one resolution: pixels ``[pictures, 3, H, W]`` to ``[pictures·tokens, width]``.
 
-    transformers returns a Python list of one tensor a picture, which would fix their number; so
-    the projector's output is taken as it leaves the projector.
+    transformers goes on to make a Python list of one tensor a picture, which would fix their
+    number; so the projector's output is taken as it leaves the projector, and the list is made of
+    its first picture alone (dead code, which the export drops).
     """
 
     def __init__(self, model: torch.nn.Module, family: Family) -> None:
@@ -79,9 +76,9 @@ class _BatchedVision(torch.nn.Module):
         def encoded(module: Any, args: Any, output: Any) -> None:
             seen["state"] = output.last_hidden_state
 
-        def projected(module: Any, args: Any, output: Any) -> None:
+        def projected(module: Any, args: Any, output: Any) -> torch.Tensor:
             seen["tokens"] = output
-            raise _Found
+            return output[:1]  # type: ignore[no-any-return]
 
         hooks = [
             self.encoder[0].register_forward_hook(encoded),
@@ -89,8 +86,6 @@ class _BatchedVision(torch.nn.Module):
         ]
         try:
             hf.base_model(self.traced).get_image_features(pixel_values, return_dict=True)
-        except _Found:
-            pass
         finally:
             for hook in hooks:
                 hook.remove()
@@ -156,6 +151,8 @@ def _component(
             spec = kinds[node.name]
             if spec.kind == InputKind.USER_INPUT:
                 new = graph.placeholder(next(names))
+            elif not node.users:
+                continue  # a weight of another component
             else:
                 target = str(spec.target)
                 held = program.constants if target in program.constants else program.state_dict
@@ -283,3 +280,35 @@ def _check_attention(program: Program) -> None:
     for name in ("vision", "language"):
         if not any(n.target is ours for n in program.component(name).graph.nodes):
             raise UserError(f"{program.family}: the {name} component has no attention to rewrite")
+
+
+def trace_function(
+    name: str,
+    module: torch.nn.Module,
+    inputs: dict[str, tuple[torch.dtype, tuple[int | str, ...]]],
+    outputs: tuple[str, ...],
+    device: torch.device,
+) -> Component:
+    """Trace a weightless module of our own into a component.
+
+    Args:
+        inputs: dtype and shape by name, in the order of ``forward``; a string is a symbolic size,
+            equal where the strings are.
+    """
+    sizes: dict[str, int] = {}
+    dims: dict[str, Any] = {}
+    args, shapes = [], []
+    for dtype, shape in inputs.values():
+        for s in shape:
+            if isinstance(s, str) and s not in sizes:
+                sizes[s] = 5 + 2 * len(sizes)
+                dims[s] = Dim(s, min=2)
+        concrete = [s if isinstance(s, int) else sizes[s] for s in shape]
+        args.append(torch.zeros(concrete, dtype=dtype, device=device))
+        shapes.append({i: dims[s] for i, s in enumerate(shape) if isinstance(s, str)})
+    exported = _export(module, tuple(args), tuple(shapes), name)
+    weights: dict[str, torch.Tensor] = {}
+    component = _component(name, exported, tuple(inputs), outputs, weights)
+    if weights:
+        raise GraphError(f"{name}: a weightless function traced with weights {sorted(weights)}")
+    return component
