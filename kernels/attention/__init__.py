@@ -1,0 +1,1 @@
+"""Dense attention of a traced model: causal, windowed or packed."""

@@ -1,0 +1,1 @@
+"""Attention that appends to an explicit KV cache: prefill in chunks, and dense decode."""

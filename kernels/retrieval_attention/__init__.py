@@ -1,0 +1,1 @@
+"""Decode attention over retrieved cache positions and a contiguous tail, read in place."""
