@@ -60,5 +60,6 @@ def library(
                 scale,
                 window,
             ).transpose(1, 2)
-        out[rows, count:] = 0
+        if count < length:
+            out[rows, count:] = 0
     return out

@@ -52,7 +52,8 @@ def library(
         count = min(count, length)
         row = slice(b, b + 1)
         held = append(k, v, k_cache, v_cache, row, start, count)
-        out[row, count:] = 0
+        if count < length:
+            out[row, count:] = 0
         if count <= 0:
             continue
         named = index[b].long()

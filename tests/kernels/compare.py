@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -18,10 +21,55 @@ def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
 def bound_from(low: torch.Tensor, exact: torch.Tensor, factor: float = 2.0) -> float:
     """What a kernel may err: ``factor`` times what eager code in the same dtype errs.
 
-    ``low`` is the eager low-precision result, ``exact`` the float64 one. Not below a few units of
-    the dtype's resolution, since two right float32 sums differ by that much.
+    ``low`` is the eager low-precision result, ``exact`` the float64 one. Not below the dtype's
+    resolution (float32: four times that), since two right sums in another order differ by as much.
     """
-    return max(factor * relative_error(low, exact), 4 * torch.finfo(low.dtype).eps)
+    floor = (4 if low.dtype == torch.float32 else 1) * torch.finfo(low.dtype).eps
+    return max(factor * relative_error(low, exact), floor)
+
+
+def naive_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys_of: Callable[[int, int, int], list[int]],
+    scale: float,
+) -> torch.Tensor:
+    """Attention by definition, one query at a time in float64: [B, S, Hq, D] on the CPU.
+
+    q [B, Hq, S, D]; k, v [B, Hkv, N, D]; ``keys_of(b, kv_head, i)`` lists the keys that query i
+    sees; with none its output is zero.
+    """
+    q, k, v = (t.detach().cpu().double() for t in (q, k, v))
+    batch, heads, rows, dim = q.shape
+    group = heads // k.shape[1]
+    out = torch.zeros(batch, rows, heads, dim, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(rows):
+                keys = keys_of(b, h // group, i)
+                if not keys:
+                    continue
+                scores = [scale * float(q[b, h, i] @ k[b, h // group, j]) for j in keys]
+                weights = [math.exp(s - max(scores)) for s in scores]
+                for j, weight in zip(keys, weights, strict=True):
+                    out[b, i, h] += weight / sum(weights) * v[b, h // group, j]
+    return out
+
+
+def eager_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """What a model's plain eager attention gives in the dtype of its inputs: [B, S, Hq, D].
+
+    q [B, Hq, S, D]; k, v [B, Hkv, N, D]; visible bool, broadcastable to [B, Hq, S, N]. A query that
+    sees no key gets zeros.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~visible, float("-inf"))
+    weights = scores.softmax(-1).masked_fill(~visible, 0.0)
+    return (weights @ v).transpose(1, 2)
 
 
 def assert_close_to(
