@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from pydantic import Field
 
 from sparsevila_compile.errors import GraphError, UserError
 from sparsevila_compile.graph_edit import Editor, module_path
@@ -31,7 +32,14 @@ CACHED = torch.ops.sparsevila.cached_attention.default
 
 
 class InsertKvCacheConfig(PassConfig):
-    """Options of ``insert_kv_cache`` (none of its own)."""
+    """Options of ``insert_kv_cache``."""
+
+    max_length: int | None = Field(
+        default=None,
+        gt=0,
+        description="Cache positions a prompt and its answer may use, a row; by default the "
+        "language model's max_position_embeddings.",
+    )
 
 
 @register
@@ -101,6 +109,10 @@ class InsertKvCache(Pass[InsertKvCacheConfig]):
         size = torch.empty((), dtype=program.dtype).element_size()
         per_token = sum(2 * c.kv_heads * c.head_dim * size for c in program.caches)
         context.notes["cache_bytes_per_token"] = per_token
+        if matches:
+            positions = int(program.config["text_config"]["max_position_embeddings"])
+            program.max_length = self.config.max_length or positions
+            context.notes["max_length"] = program.max_length
 
     def requires(self, program: Program) -> None:
         left = [n for n in calls(program, "vision", ATTENTION) if n.args[5]]

@@ -274,3 +274,56 @@ class RopeIndex:
             second_per_grid_ts=second_per_grid_ts,
         )
         return positions  # type: ignore[no-any-return]
+
+
+class GenerationTools:
+    """transformers' own generation settings, logits processors and stopping criteria for a request.
+
+    Raises:
+        UserError: unknown arguments, or a strategy that the engine does not have.
+    """
+
+    def __init__(self, config: dict[str, Any], defaults: Any, given: Any, arguments: dict[str, Any]) -> None:
+        from transformers import AutoConfig, GenerationMixin
+
+        kept = dict(config)
+        shell = type("_Shell", (GenerationMixin,), {})()
+        shell.config = AutoConfig.for_model(kept.pop("model_type"), **kept)
+        shell.generation_config = defaults
+        self._shell = shell
+        try:
+            self.config, unknown = shell._prepare_generation_config(given, **arguments)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"generate: {_explain(error)}") from error
+        if unknown:
+            raise UserError(f"generate: unknown arguments {', '.join(sorted(unknown))}")
+        for name, allowed in (("num_beams", 1), ("num_return_sequences", 1), ("return_dict_in_generate", False), ("output_scores", False), ("output_logits", False), ("prompt_lookup_num_tokens", None), ("penalty_alpha", None), ("guidance_scale", None)):
+            value = getattr(self.config, name, allowed)
+            if value not in (None, allowed):
+                raise UserError(f"generate: {name}={value!r} is not supported; the engine decodes one sequence a prompt, greedily or by sampling")
+
+    def special_tokens(self, device: torch.device, batch: int) -> None:
+        self._shell._prepare_special_tokens(self.config, True, device=device, batch_size=batch)
+
+    @property
+    def pad_token_id(self) -> int:
+        pad = self.config._pad_token_tensor
+        return 0 if pad is None else int(pad)
+
+    def processors(self, input_ids: torch.Tensor, extra: Any) -> Any:
+        """Logits processors for a batch of prompts ``[batch, length]``."""
+        return self._shell._get_logits_processor(
+            self.config,
+            input_ids_seq_length=input_ids.shape[1],
+            encoder_input_ids=input_ids,
+            logits_processor=extra,
+            device=input_ids.device,
+            model_kwargs={},
+        )
+
+    def criteria(self, extra: Any, tokenizer: Any) -> Any:
+        """Stopping criteria (end-of-sequence, length, time, stop strings, and the caller's)."""
+        try:
+            return self._shell._get_stopping_criteria(self.config, extra, tokenizer=tokenizer)
+        except ValueError as error:
+            raise UserError(f"generate: {_explain(error)}") from error

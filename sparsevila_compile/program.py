@@ -151,6 +151,7 @@ class Program:
         config: the Hugging Face configuration as plain data.
         taps: outputs of ``vision`` that exist only so that no encoder layer is dead code while
             passes look at it; lowering removes them.
+        max_length: cache positions a row may use at most (set with the cache).
     """
 
     family: str
@@ -166,6 +167,7 @@ class Program:
     retrieval: RetrievalSpec | None = None
     stage: Stage = "trace"
     passes: list[str] = field(default_factory=list)
+    max_length: int = 0
 
     def component(self, name: str) -> Component:
         """The component of that name.

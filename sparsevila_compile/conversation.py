@@ -1,0 +1,348 @@
+"""Prompts over a KV cache that outlives them: prefix reuse, pruning, retrieval, generation.
+
+A conversation takes whole prompts, as transformers' ``generate`` does, and feeds only what its
+cache does not hold yet: the next turn of a dialogue costs its new tokens. Where a prompt departs
+from the cache (another picture, edited history), the cache is rolled back to the last common
+token. Retrieval is done anew for every prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from sparsevila_compile import hf
+from sparsevila_compile.budget import keep_count
+from sparsevila_compile.engine import Engine, Feed, KVCache, Retrieved
+from sparsevila_compile.errors import UserError
+from sparsevila_compile.prompt import Picture, PromptReader, Row, compact_positions
+
+
+@dataclass
+class Held:
+    """What one cache row holds.
+
+    Attributes:
+        ids: full prompt tokens that the cache covers, pruned placeholders included, ``[n]``.
+        kept: which of them have a cache position, ``[n]``.
+        visual: which of them are placeholders, ``[n]``.
+        positions: largest position used up to each token, ``[n]``.
+        pictures: their places and digests.
+        answered: ids fed or generated up to the end of the last answer (no part of a question).
+    """
+
+    ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    kept: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    visual: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    positions: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    pictures: list[Picture] = field(default_factory=list)
+    answered: int = 0
+
+    def common(self, row: Row) -> int:
+        """How many leading tokens of a prompt the cache can serve; at least one stays to be fed."""
+        n = min(len(self.ids), len(row.ids) - 1)
+        differs = (self.ids[:n] != row.ids[:n]).nonzero()
+        if len(differs):
+            n = int(differs[0])
+        old = {p.start: p for p in self.pictures}
+        for picture in row.pictures:
+            if picture.start >= n:
+                break
+            known = old.get(picture.start)
+            end = picture.start + picture.tokens
+            if known is None or known.digest != picture.digest or end > n:
+                return picture.start
+        return n
+
+    def cut(self, n: int) -> None:
+        self.ids, self.kept = self.ids[:n], self.kept[:n]
+        self.visual, self.positions = self.visual[:n], self.positions[:n]
+        self.pictures = [p for p in self.pictures if p.start < n]
+        self.answered = min(self.answered, n)
+
+    def extend(
+        self, ids: torch.Tensor, kept: torch.Tensor, visual: torch.Tensor, top: torch.Tensor
+    ) -> None:
+        self.ids = torch.cat([self.ids, ids])
+        self.kept = torch.cat([self.kept, kept])
+        self.visual = torch.cat([self.visual, visual])
+        self.positions = torch.cat([self.positions, top])
+
+    def next_position(self) -> int:
+        return int(self.positions.max()) + 1 if len(self.positions) else 0
+
+    def columns(self) -> torch.Tensor:
+        """Cache positions of the visual tokens."""
+        return self.visual[self.kept].nonzero()[:, 0]
+
+
+@dataclass
+class Usage:
+    """What the last prompt cost.
+
+    Attributes:
+        visual_tokens: visual tokens of the new pictures before pruning, over the batch.
+        kept_tokens: after pruning.
+        cached_tokens: prompt tokens that the cache already held.
+        fed_tokens: tokens that prefill ran on.
+        cached_visual: visual tokens in the cache.
+        attended_visual: visual tokens that a decode step attends, a layer and group.
+        new_tokens: generated tokens.
+    """
+
+    visual_tokens: int = 0
+    kept_tokens: int = 0
+    cached_tokens: int = 0
+    fed_tokens: int = 0
+    cached_visual: int = 0
+    attended_visual: int = 0
+    new_tokens: int = 0
+
+
+class Conversation:
+    """A batch of dialogues over one cache."""
+
+    def __init__(self, engine: Engine, reader: PromptReader, batch: int, limit: int) -> None:
+        self.engine = engine
+        self.reader = reader
+        self.limit = limit
+        self.rows = [Held() for _ in range(batch)]
+        self.cache: KVCache | None = None
+        self.usage = Usage()
+
+    def generate(
+        self,
+        inputs: dict[str, Any],
+        tools: hf.GenerationTools,
+        *,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        streamer: Any = None,
+        tokenizer: Any = None,
+        query_start: list[int] | None = None,
+    ) -> torch.Tensor:
+        """Answer whole prompts.
+
+        Args:
+            inputs: processor outputs for the whole prompts (all turns, all pictures).
+            query_start: by row, index of the first token (padding not counted) that asks; by
+                default the new text after the last picture.
+
+        Returns:
+            ``[batch, prompt + new]``, the prompts as given followed by the answers, padded.
+        """
+        rows = self.reader.read(inputs)
+        if len(rows) != len(self.rows):
+            raise UserError(f"this conversation has {len(self.rows)} rows, the prompt has {len(rows)}")
+        device = self.engine.device
+        prompt = inputs["input_ids"].to(device)
+        tools.special_tokens(device, len(rows))
+        new_tokens = self._room(tools, prompt.shape[1])
+        logits, retrieved = self._feed(rows, query_start, new_tokens)
+        processors = tools.processors(prompt, logits_processor)
+        criteria = tools.criteria(stopping_criteria, tokenizer)
+        return self._loop(prompt, logits, retrieved, tools, processors, criteria, streamer)
+
+    @staticmethod
+    def _room(tools: hf.GenerationTools, prompt: int) -> int:
+        """New tokens at most; also settles ``max_length`` for the stopping criteria."""
+        config = tools.config
+        if config.max_new_tokens is not None:
+            config.max_length = prompt + config.max_new_tokens
+        new = int(config.max_length) - prompt
+        if new < 1:
+            raise UserError(f"generate: max_length={config.max_length} leaves no room after a prompt of {prompt} tokens; give max_new_tokens")
+        return new
+
+    # ------------------------------------------------------------------- turns
+
+    def _feed(
+        self, rows: list[Row], query_start: list[int] | None, new_tokens: int
+    ) -> tuple[torch.Tensor, Retrieved | None]:
+        common = [held.common(row) for held, row in zip(self.rows, rows, strict=True)]
+        fresh = [
+            [p for p in row.pictures if p.start >= n] for row, n in zip(rows, common, strict=True)
+        ]
+        # The largest possible need first: refuse before any work is done.
+        for held, row, n in zip(self.rows, rows, common, strict=True):
+            self._check(int(held.kept[:n].sum()), row, n, new_tokens)
+        try:
+            return self._prefill(rows, common, fresh, query_start, new_tokens)
+        except BaseException:
+            for held, n in zip(self.rows, common, strict=True):
+                held.cut(n)  # whatever was written behind it is overwritten by the next prompt
+            raise
+
+    def _prefill(
+        self,
+        rows: list[Row],
+        common: list[int],
+        fresh: list[list[Picture]],
+        query_start: list[int] | None,
+        new_tokens: int,
+    ) -> tuple[torch.Tensor, Retrieved | None]:
+        tokens, kept = self.engine.encode(fresh)
+        feeds, offset = [], 0
+        for b, (held, row, n) in enumerate(zip(self.rows, rows, common, strict=True)):
+            start = query_start[b] if query_start else None
+            feeds.append(self._row_feed(held, row, n, fresh[b], kept[b], offset, start))
+            offset += sum(len(k) for k in kept[b])
+        columns = [held.columns() for held in self.rows]
+        self.usage = Usage(
+            visual_tokens=sum(p.tokens for row in fresh for p in row),
+            kept_tokens=offset,
+            cached_tokens=sum(common),
+            fed_tokens=sum(len(f.ids) for f in feeds),
+            cached_visual=sum(len(c) for c in columns),
+        )
+        before = [int(h.kept.sum()) - len(f.ids) for h, f in zip(self.rows, feeds, strict=True)]
+        needed = max(int(h.kept.sum()) for h in self.rows) + new_tokens
+        if self.cache is None:
+            self.cache = KVCache(self.engine.program, len(rows), needed, self.limit)
+        self.cache.reserve(needed)
+        self.cache.lens = before
+        logits, scores = self.engine.prefill(self.cache, feeds, tokens, columns)
+        retrieved = self.engine.retrieve(scores, columns, self.cache.lens)
+        spec = self.engine.program.retrieval
+        dense = retrieved is None or spec is None
+        self.usage.attended_visual = (
+            self.usage.cached_visual
+            if dense
+            else sum(keep_count(spec.keep_ratio, len(c)) for c in columns)  # type: ignore[union-attr]
+        )
+        return logits, retrieved
+
+    def _check(self, cached: int, row: Row, n: int, new_tokens: int) -> None:
+        fresh = [p for p in row.pictures if p.start >= n]
+        pictures = sum(p.tokens for p in fresh)
+        kept = sum(keep for _, keep in self.engine.budgets(fresh))
+        needed = cached + len(row.ids) - n - pictures + kept + new_tokens
+        if needed > self.limit:
+            raise UserError(
+                f"the prompt needs {needed} cache positions with its {new_tokens} new tokens, the "
+                f"limit is {self.limit}; shorten it, ask for fewer new tokens, or raise max_length "
+                "of insert_kv_cache"
+            )
+
+    def _row_feed(
+        self,
+        held: Held,
+        row: Row,
+        n: int,
+        fresh: list[Picture],
+        kept: list[torch.Tensor],
+        offset: int,
+        query_start: int | None,
+    ) -> Feed:
+        """Lay out a row's new tokens and note them as held."""
+        answered = held.answered
+        held.cut(n)
+        ids, positions = row.ids[n:], row.positions[:, n:]
+        visual = row.visual()[n:]
+        keep = ~visual
+        source = torch.full((len(ids),), -1, dtype=torch.int64)
+        for picture, inside in zip(fresh, kept, strict=True):
+            at = picture.start - n + inside
+            keep[at] = True
+            source[at] = torch.arange(offset, offset + len(inside))
+            offset += len(inside)
+        prune = self.engine.program.prune
+        if prune is not None and prune.positions == "compact":
+            moved = [_shifted(p, -n) for p in fresh]
+            placed = compact_positions(positions, keep, moved, held.next_position())
+            top = torch.full((len(ids),), -1, dtype=torch.int64)
+            top[keep] = placed.max(0).values
+        else:
+            placed, top = positions[:, keep], positions.max(0).values
+        held.extend(ids, keep, visual, top)
+        held.pictures += [replace(p, pixels=p.pixels[:0]) for p in fresh]
+        index = torch.arange(n, n + len(ids))
+        asks = self._query(index, visual, answered, query_start)
+        weights = asks[keep].float()
+        return Feed(ids[keep], placed, source[keep], weights / weights.sum())
+
+    @staticmethod
+    def _query(
+        index: torch.Tensor, visual: torch.Tensor, answered: int, query_start: int | None
+    ) -> torch.Tensor:
+        """Which new tokens are the turn's question."""
+        text = ~visual
+        if query_start is not None:
+            asks = text & (index >= query_start)
+            if not bool(asks.any()):
+                raise UserError(f"query_start {query_start} leaves no new text token to ask with")
+            return asks
+        last = visual.nonzero()
+        after = int(last[-1]) + 1 if len(last) else 0
+        asks = text & (torch.arange(len(index)) >= after) & (index >= answered)
+        return asks if bool(asks.any()) else text if bool(text.any()) else ~text
+
+    # -------------------------------------------------------------- generation
+
+    def _loop(
+        self,
+        sequence: torch.Tensor,
+        logits: torch.Tensor,
+        retrieved: Retrieved | None,
+        tools: hf.GenerationTools,
+        processors: Any,
+        criteria: Any,
+        streamer: Any,
+    ) -> torch.Tensor:
+        cache = self.cache
+        assert cache is not None
+        sample = bool(tools.config.do_sample)
+        batch = len(self.rows)
+        going = torch.ones(batch, dtype=torch.bool, device=sequence.device)
+        positions = [held.next_position() for held in self.rows]
+        if streamer is not None:
+            streamer.put(sequence.cpu())
+        generated = 0
+        while True:
+            scores = processors(sequence, logits.float())
+            if sample:
+                token = torch.multinomial(torch.softmax(scores, -1), 1)[:, 0]
+            else:
+                token = scores.argmax(-1)
+            token = torch.where(going, token, tools.pad_token_id)
+            sequence = torch.cat([sequence, token[:, None]], dim=1)
+            generated += 1
+            if streamer is not None:
+                streamer.put(token.cpu())
+            active = going.tolist()
+            going = going & ~criteria(sequence, scores)
+            values = token.tolist()
+            if not bool(going.any()):
+                self._note(values, active, positions, cached=False)
+                break
+            # A row that has just ended need not cache its last token either.
+            alive = going.tolist()
+            logits = self.engine.decode(cache, token, positions, alive, retrieved)
+            self._note(values, alive, positions, cached=True)
+            ended = [a and not g for a, g in zip(active, alive, strict=True)]
+            self._note(values, ended, positions, cached=False)
+            positions = [p + int(a) for p, a in zip(positions, alive, strict=True)]
+        if streamer is not None:
+            streamer.end()
+        self.usage.new_tokens = generated
+        return sequence
+
+    def _note(
+        self, tokens: list[int], active: list[bool], positions: list[int], *, cached: bool
+    ) -> None:
+        """Record generated tokens; an answer's last one is not in the cache until the next turn."""
+        for held, token, on, position in zip(self.rows, tokens, active, positions, strict=True):
+            if not on:
+                continue
+            if cached:
+                yes, no = torch.tensor([True]), torch.tensor([False])
+                held.extend(torch.tensor([token]), yes, no, torch.tensor([position]))
+                held.answered = len(held.ids)
+            else:
+                held.answered = len(held.ids) + 1
+
+
+def _shifted(picture: Picture, by: int) -> Picture:
+    return replace(picture, start=picture.start + by)

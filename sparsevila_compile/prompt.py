@@ -1,0 +1,256 @@
+"""From processor outputs to rows of tokens: which placeholder is which picture, at which position.
+
+This is the host-side glue around the graphs: it finds the pictures of a prompt, computes positions
+on the full prompt, and lays out pruning budgets. Nothing here knows caches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsevila_compile import hf
+from sparsevila_compile.errors import UserError
+from sparsevila_compile.families import Family, Modality
+from sparsevila_compile.program import Program
+
+
+@dataclass
+class Picture:
+    """An image or a video of one prompt row.
+
+    Attributes:
+        start: index of its first placeholder in the row's ids.
+        tokens: placeholders (visual tokens before pruning).
+        frames: temporal steps; ``tokens`` is a multiple.
+        pixels: ``[1, 3, H, W]``, or its patches ``[patches, values]``.
+        grid: (time, height, width) in patches, or None.
+        digest: identifies the pixels, so that a cached picture is known again.
+    """
+
+    modality: Modality
+    start: int
+    tokens: int
+    frames: int
+    pixels: torch.Tensor
+    grid: tuple[int, int, int] | None
+    digest: bytes
+
+
+@dataclass
+class Row:
+    """One prompt of a batch, without padding: ids ``[n]`` and positions ``[axes, n]``."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    pictures: list[Picture]
+
+    def visual(self) -> torch.Tensor:
+        """Which ids are placeholders: bool ``[n]``."""
+        mask = torch.zeros(len(self.ids), dtype=torch.bool)
+        for picture in self.pictures:
+            mask[picture.start : picture.start + picture.tokens] = True
+        return mask
+
+
+class PromptReader:
+    """Reads processor outputs for one program."""
+
+    def __init__(self, program: Program, family: Family) -> None:
+        self.family = family
+        self.layout = program.layout
+        self.config = program.config
+        self.tokens: dict[int, Modality] = {}
+        for modality in family.modalities:
+            name = modality.token
+            value = self.config.get(name, self.config.get(name.replace("_id", "_index")))
+            if value is None:
+                raise UserError(f"config.json has no {name}; placeholders cannot be found")
+            self.tokens[int(value)] = modality
+        self._rope = hf.RopeIndex(self.config) if family.rope == "mrope" else None
+
+    @property
+    def known_inputs(self) -> set[str]:
+        """Processor outputs that are understood."""
+        names = {"input_ids", "attention_mask", "mm_token_type_ids", "second_per_grid_ts"}
+        for modality in self.family.modalities:
+            names |= {modality.pixels} | ({modality.grid} if modality.grid else set())
+        return names
+
+    def read(self, inputs: dict[str, Any]) -> list[Row]:
+        """Split a batch into rows.
+
+        Args:
+            inputs: processor outputs: ``input_ids`` ``[batch, length]``, ``attention_mask`` (any
+                padding side), pixels and grids; all pictures in prompt order.
+
+        Raises:
+            UserError: placeholders and pictures do not fit together.
+        """
+        ids = inputs.get("input_ids")
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.numel() == 0:
+            raise UserError("input_ids must be a tensor [batch, length] with at least one token")
+        ids = ids.cpu()
+        mask = inputs.get("attention_mask")
+        keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu().bool()
+        if keep.shape != ids.shape:
+            raise UserError(f"attention_mask has the shape {tuple(keep.shape)}, input_ids {tuple(ids.shape)}")
+        vocabulary = int(self.config["text_config"]["vocab_size"])
+        if int(ids.min()) < 0 or (int(ids.max()) >= vocabulary and int(ids.max()) not in self.tokens):
+            raise UserError(f"input_ids holds {int(ids.max())}, but the vocabulary has {vocabulary} tokens; is this another model's processor?")
+        supplies = {m.name: self._supply(m, inputs) for m in self.family.modalities}
+        seconds = inputs.get("second_per_grid_ts")
+        seconds = None if seconds is None else torch.as_tensor(seconds).cpu()
+        video_index = 0
+        rows = []
+        for b in range(len(ids)):
+            row_ids = ids[b][keep[b]]
+            if not len(row_ids):
+                raise UserError(f"row {b} of the batch has no tokens")
+            pictures = self._pictures(row_ids, supplies)
+            videos = sum(p.modality.name == "video" for p in pictures)
+            steps = None if seconds is None else seconds[video_index : video_index + videos]
+            video_index += videos
+            rows.append(Row(row_ids, self._positions(row_ids, pictures, steps), pictures))
+        for name, supply in supplies.items():
+            if supply:
+                raise UserError(
+                    f"{len(supply)} more {name}s than placeholders in the prompt; put one "
+                    f"placeholder for each {name} into the text"
+                )
+        return rows
+
+    def _supply(self, modality: Modality, inputs: dict[str, Any]) -> list[Picture]:
+        pixels = inputs.get(modality.pixels)
+        if pixels is None:
+            return []
+        pixels = pixels.detach().cpu()
+        parts: list[tuple[torch.Tensor, tuple[int, int, int] | None, int, int]] = []
+        if modality.grid is None:
+            if pixels.ndim != 4:
+                raise UserError(f"{modality.pixels} must be [pictures, channels, height, width], not {tuple(pixels.shape)}")
+            side = int(self.config["vision_config"]["image_size"])
+            if tuple(pixels.shape[2:]) != (side, side):
+                raise UserError(f"{modality.pixels} are {tuple(pixels.shape[2:])} pixels; the encoder takes {side} × {side}")
+            count = self.layout.tokens_per_picture or 0
+            parts = [(pixels[i : i + 1], None, count, 1) for i in range(len(pixels))]
+        else:
+            grid = inputs.get(modality.grid)
+            if grid is None:
+                raise UserError(f"{modality.pixels} came without {modality.grid}")
+            start = 0
+            for t, h, w in grid.cpu().tolist():
+                size = t * h * w
+                parts.append((pixels[start : start + size], (t, h, w), size // self.layout.merge_unit, t))
+                start += size
+            if start != len(pixels):
+                raise UserError(f"{modality.grid} describes {start} patches, {modality.pixels} holds {len(pixels)}")
+        return [
+            Picture(modality, -1, tokens, frames, part, shape, _digest(part, shape))
+            for part, shape, tokens, frames in parts
+        ]
+
+    def _pictures(self, ids: torch.Tensor, supplies: dict[str, list[Picture]]) -> list[Picture]:
+        found = []
+        i, listed = 0, ids.tolist()
+        while i < len(listed):
+            modality = self.tokens.get(listed[i])
+            if modality is None:
+                i += 1
+                continue
+            supply = supplies[modality.name]
+            if not supply:
+                raise UserError(
+                    f"more placeholders than {modality.name}s: token {i} of the prompt stands for "
+                    f"{'an' if modality.name == 'image' else 'a'} {modality.name} that was not given"
+                )
+            picture = supply.pop(0)
+            run = listed[i : i + picture.tokens]
+            if len(run) < picture.tokens or any(t != listed[i] for t in run):
+                have = next((k for k, t in enumerate(run) if t != listed[i]), len(run))
+                raise UserError(
+                    f"{modality.name} needs {picture.tokens} placeholders, the prompt has {have} at "
+                    f"token {i}; let the processor expand them"
+                )
+            picture.start = i
+            found.append(picture)
+            i += picture.tokens
+        return found
+
+    def _positions(
+        self, ids: torch.Tensor, pictures: list[Picture], seconds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Positions on the full prompt, as transformers numbers them: ``[axes, n]``."""
+        if self._rope is None:
+            return torch.arange(len(ids))[None]
+        if not pictures:
+            return torch.arange(len(ids)).expand(3, -1).clone()
+        kinds = {"image": 1, "video": 2}
+        types = torch.zeros(1, len(ids), dtype=torch.int64)
+        grids: dict[str, list[Any]] = {"image": [], "video": []}
+        for p in pictures:
+            types[0, p.start : p.start + p.tokens] = kinds[p.modality.name]
+            grids[p.modality.name].append(p.grid)
+        if self._touching(pictures):
+            raise UserError("two pictures of one kind stand side by side without a token between them; this family separates them by vision_start and vision_end")
+        image, video = (torch.tensor(grids[k]) if grids[k] else None for k in ("image", "video"))
+        return self._rope(ids[None], types, image, video, seconds)[:, 0]
+
+    @staticmethod
+    def _touching(pictures: list[Picture]) -> bool:
+        return any(
+            a.start + a.tokens == b.start and a.modality is b.modality
+            for a, b in zip(pictures, pictures[1:], strict=False)
+        )
+
+
+def _digest(pixels: torch.Tensor, grid: tuple[int, int, int] | None) -> bytes:
+    digest = hashlib.blake2b(repr((tuple(pixels.shape), grid)).encode(), digest_size=16)
+    digest.update(pixels.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def compact_positions(
+    positions: torch.Tensor, kept: torch.Tensor, pictures: list[Picture], first: int
+) -> torch.Tensor:
+    """Positions after pruning, moved together.
+
+    Text counts on by one. A picture's kept tokens get, on each axis, the rank of their coordinate
+    among those kept: contiguous numbers in 1-D, the smallest regular grid that holds them in mRoPE
+    (SparseVILA, section on positions). What follows starts one past the largest.
+
+    Args:
+        positions: ``[axes, n]`` of the tokens before pruning.
+        kept: bool ``[n]``.
+        pictures: with ``start`` relative to ``positions``.
+        first: position of the first token.
+
+    Returns:
+        ``[axes, kept.sum()]``.
+    """
+    axes = positions.shape[0]
+    parts: list[torch.Tensor] = []
+    at, cursor = 0, first
+
+    def text(end: int) -> None:
+        nonlocal at, cursor
+        count = end - at
+        if count > 0:
+            parts.append(torch.arange(cursor, cursor + count).expand(axes, -1))
+            cursor += count
+        at = max(at, end)
+
+    for picture in pictures:
+        text(picture.start)
+        span = slice(picture.start, picture.start + picture.tokens)
+        mine = positions[:, span][:, kept[span]]
+        ranks = [torch.unique(axis, return_inverse=True)[1] for axis in mine]
+        if mine.shape[1]:
+            parts.append(torch.stack(ranks) + cursor)
+            cursor += 1 + max(int(r.max()) for r in ranks)
+        at = picture.start + picture.tokens
+    text(positions.shape[1])
+    return torch.cat(parts, dim=1) if parts else positions[:, :0]
