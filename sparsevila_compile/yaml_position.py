@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -23,9 +23,30 @@ MAX_VALUES = 20_000  # after aliases are expanded: a few lines of YAML can stand
 MAX_DEPTH = 30
 MAX_NUMBER = 40  # characters; longer ones are no numbers that any option takes
 
-# YAML 1.2 floats that PyYAML's YAML 1.1 rules take for strings: 1e-3, 1E5, .5e1
-_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-_MERGE = "tag:yaml.org,2002:merge"
+_YAML = "tag:yaml.org,2002:"
+
+
+class _CoreLoader(yaml.SafeLoader):
+    """YAML 1.2's core rules for plain words, plus merge keys.
+
+    PyYAML's YAML 1.1 would take the answer ``no`` for false, 1:30 for 90 and 1e-3 for a string.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+
+for _kind, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", "<<", ["<"]),
+):
+    _CoreLoader.add_implicit_resolver(_YAML + _kind, re.compile(rf"^(?:{_pattern})$"), _first)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -105,7 +126,7 @@ def parse_yaml(text: str) -> Document:
     """Read one YAML document; ``problems`` is empty where it is sound."""
     document = Document()
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=_CoreLoader)
     except yaml.MarkedYAMLError as error:
         document.problems.append(_syntax(error))
     except yaml.reader.ReaderError as error:
@@ -151,7 +172,6 @@ class _Walk:
         self.document = document
         self.count = 0
         self.open: set[int] = set()  # nodes being walked: meeting one again is a cycle
-        self.make = yaml.constructor.SafeConstructor()
 
     def problem(self, path: KeyPath, message: str, node: yaml.Node | None = None) -> None:
         mark = _mark(node) if node is not None else None
@@ -203,7 +223,7 @@ class _Walk:
         first: dict[str, Mark] = {}
         merged: list[tuple[yaml.Node, yaml.Node]] = []
         for key, item in node.value:
-            if key.tag == _MERGE:
+            if key.tag == _YAML + "merge":
                 merged.extend(self._merge(item, path, 0))
                 continue
             name = self._key(key, path)
@@ -231,7 +251,7 @@ class _Walk:
             raise _TooMuch
         if isinstance(node, yaml.MappingNode):
             for key, item in node.value:
-                if key.tag == _MERGE:
+                if key.tag == _YAML + "merge":
                     yield from self._merge(item, path, depth + 1)
                 else:
                     self.count += 1
@@ -253,13 +273,11 @@ class _Walk:
 
     def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
         text = str(node.value)
-        kind = str(node.tag).rpartition(":")[2]
+        kind = str(node.tag).removeprefix(_YAML)
         if not _encodable(text):
             self.problem(path, "holds half a character (a lone surrogate)", node)
             return ""
-        if kind == "str" and node.style is None and _EXPONENT.fullmatch(text):
-            kind = "float"
-        if kind in ("str", "timestamp", "value"):
+        if kind == "str":
             return text
         if kind not in ("null", "bool", "int", "float"):
             self.problem(path, f"has the tag {_tag(node)}, which recipes do not take", node)
@@ -271,11 +289,11 @@ class _Walk:
             if kind == "null":
                 return None
             if kind == "bool":
-                return self.make.construct_yaml_bool(node)
+                return {"true": True, "false": False}[text.lower()]
             if kind == "int":
-                return self.make.construct_yaml_int(node)
-            number = self.make.construct_yaml_float(node)
-        except (ValueError, KeyError, OverflowError, IndexError):
+                return int(text, 0 if text[:2] in ("0x", "0o") else 10)
+            number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        except (ValueError, KeyError):  # an explicit tag on something else
             self.problem(path, f"{printable(text)[:60]!r} is no {kind}", node)
             return None
         if not math.isfinite(number):
@@ -293,7 +311,7 @@ def _encodable(text: str) -> bool:
 
 
 def _tag(node: yaml.Node) -> str:
-    return printable(str(node.tag).replace("tag:yaml.org,2002:", "!!"))[:60]
+    return printable(str(node.tag).replace(_YAML, "!!"))[:60]
 
 
 def _mark(node: yaml.Node) -> Mark:
