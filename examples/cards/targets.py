@@ -7,7 +7,7 @@ Three objectives, each with heads that exist in training only:
 - *patch contents*: each patch's feature tells what covers it, and its card's neighbours' letters;
 - *alignment*: each projected visual token points, by cosine, at the language model's embeddings of
   the words for what it shows. A card's letter, colour and shape are read off the token itself, the
-  other notes (neighbours, row, column, a second letter of the word) after a linear map of their own.
+  others (neighbours, row, column, a second letter of the word) after a linear map of their own.
 
 Background patches must say "nothing", which keeps the tower from storing notes in them.
 """
