@@ -22,7 +22,12 @@ CHECKS = (
     aten.sym_constrain_range_for_size.default,
 )
 CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default)
-IDENTITIES = (aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default)
+IDENTITIES = (
+    aten.alias.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.lift_fresh_copy.default,
+)
 
 
 class CanonicalizeConfig(PassConfig):

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from sparsevila_compile.errors import GraphError, UserError
 from sparsevila_compile.graph_edit import Editor, module_path
+from sparsevila_compile.ops import ATTENTION, CACHED_ATTENTION
 from sparsevila_compile.pass_base import (
     Context,
     Match,
@@ -24,11 +25,6 @@ from sparsevila_compile.pass_base import (
     tensor_of,
 )
 from sparsevila_compile.program import CacheSpec, Program
-
-import sparsevila_compile.kernels.cached_attention.op  # noqa: F401  isort: skip
-
-ATTENTION = torch.ops.sparsevila.attention.default
-CACHED = torch.ops.sparsevila.cached_attention.default
 
 
 class InsertKvCacheConfig(PassConfig):
@@ -85,7 +81,7 @@ class InsertKvCache(Pass[InsertKvCacheConfig]):
         capacity = tensor_of(k_cache).shape[2]
         v_cache = edit.input(f"v_cache_{index}", [batch, heads, capacity, dim], dtype)
         new = edit.call(
-            CACHED,
+            CACHED_ATTENTION,
             q,
             k,
             v,
@@ -117,7 +113,9 @@ class InsertKvCache(Pass[InsertKvCacheConfig]):
     def requires(self, program: Program) -> None:
         left = [n for n in calls(program, "vision", ATTENTION) if n.args[5]]
         if left:
-            raise UserError(f"the vision encoder has causal attention at {module_path(left[0])}, which is not supported")
+            raise UserError(
+                f"the vision encoder has causal attention at {module_path(left[0])}, which is not supported"
+            )
 
     def ensures(self, program: Program) -> None:
         if not program.caches:

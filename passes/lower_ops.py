@@ -46,10 +46,14 @@ class LowerOps(Pass[LowerOpsConfig]):
     def requires(self, program: Program) -> None:
         for op, name in self.config.implementations.items():
             if op not in OPS:
-                raise UserError(f"implementations: there is no op {op}; there are {', '.join(sorted(OPS))}")
+                raise UserError(
+                    f"implementations: there is no op {op}; there are {', '.join(sorted(OPS))}"
+                )
             known = [*OPS[op].implementations, REFERENCE]
             if name not in known:
-                raise UserError(f"implementations: {op} has no implementation {name!r}; it has {', '.join(known)}")
+                raise UserError(
+                    f"implementations: {op} has no implementation {name!r}; it has {', '.join(known)}"
+                )
 
     def match(self, program: Program) -> Iterator[Match | Miss]:
         for component in program.components.values():
@@ -83,7 +87,9 @@ class LowerOps(Pass[LowerOpsConfig]):
     def finish(self, program: Program, matches: list[Match], context: Context) -> None:
         unused = set(self.config.implementations) - {m.data.name for m in matches}
         if unused:
-            raise UserError(f"implementations: no {', '.join(sorted(unused))} in the graph; remove the entry")
+            raise UserError(
+                f"implementations: no {', '.join(sorted(unused))} in the graph; remove the entry"
+            )
         for component in program.components.values():
             edit = Editor(component)
             for tap in set(program.taps) & set(component.outputs):

@@ -17,6 +17,7 @@ from torch import fx
 
 from sparsevila_compile.errors import GraphError, UserError
 from sparsevila_compile.graph_edit import Editor, module_path
+from sparsevila_compile.ops import ATTENTION, COLUMN_REDUCE, SELECT_TOKENS
 from sparsevila_compile.pass_base import (
     Context,
     Match,
@@ -29,14 +30,7 @@ from sparsevila_compile.pass_base import (
 )
 from sparsevila_compile.program import Program, PruneSpec
 
-import sparsevila_compile.kernels.attention.op  # noqa: F401  isort: skip
-import sparsevila_compile.kernels.column_reduce.op  # noqa: F401  isort: skip
-import sparsevila_compile.kernels.select_tokens.op  # noqa: F401  isort: skip
-
 aten = torch.ops.aten
-ATTENTION = torch.ops.sparsevila.attention.default
-COLUMN_REDUCE = torch.ops.sparsevila.column_reduce.default
-SELECT = torch.ops.sparsevila.select_tokens.default
 END = 9223372036854775807
 
 Score = Literal["auto", "cls", "summary", "column_mean"]
@@ -46,7 +40,9 @@ class PruneVisualTokensConfig(PassConfig):
     """Options of ``prune_visual_tokens``."""
 
     keep_ratio: float = Field(
-        gt=0, le=1, description="Share of the visual tokens kept: ceil(keep_ratio · n) of each budget."
+        gt=0,
+        le=1,
+        description="Share of the visual tokens kept: ceil(keep_ratio · n) of each budget.",
     )
     score: Score = Field(
         default="auto",
@@ -127,7 +123,9 @@ class PruneVisualTokens(Pass[PruneVisualTokensConfig]):
         edit = Editor(component)
         scores = self._scores(program, edit, match.node)
         for name in ("segment_starts", "segment_lengths", "segment_keep", "segment_offsets"):
-            size = "segments" if name == "segment_starts" else _size(component.input("segment_starts"))
+            size = (
+                "segments" if name == "segment_starts" else _size(component.input("segment_starts"))
+            )
             edit.input(name, [size], torch.int64)
         slots = edit.input("visual_slots", ["kept"], torch.int64)
         tokens = component.results()[component.outputs.index("visual_tokens")]
@@ -136,14 +134,12 @@ class PruneVisualTokens(Pass[PruneVisualTokensConfig]):
         segments = [
             component.input(f"segment_{n}") for n in ("starts", "lengths", "keep", "offsets")
         ]
-        kept = edit.call(SELECT, scores, *segments, total, before=end, origin=match.node)
+        kept = edit.call(SELECT_TOKENS, scores, *segments, total, before=end, origin=match.node)
         fewer = edit.call(aten.index_select.default, tokens, 0, kept, before=end, origin=tokens)
         results = [fewer if r is tokens else r for r in component.results()]
         end.args = (tuple(results),)
         edit.output("kept", kept)
-        program.prune = PruneSpec(
-            self.config.keep_ratio, self.config.budget, self.config.positions
-        )
+        program.prune = PruneSpec(self.config.keep_ratio, self.config.budget, self.config.positions)
         context.notes["score"] = self._score(program)
         context.notes["layer"] = module_path(match.node)
 

@@ -15,6 +15,12 @@ from pydantic import Field
 
 from sparsevila_compile.errors import GraphError, UserError
 from sparsevila_compile.graph_edit import Editor, module_path
+from sparsevila_compile.ops import (
+    CACHED_ATTENTION,
+    COLUMN_REDUCE,
+    RETRIEVAL_ATTENTION,
+    SELECT_TOKENS,
+)
 from sparsevila_compile.pass_base import (
     Context,
     Match,
@@ -27,15 +33,6 @@ from sparsevila_compile.pass_base import (
 )
 from sparsevila_compile.program import Program, RetrievalSpec
 from sparsevila_compile.trace import trace_function
-
-from .insert_kv_cache import CACHED
-
-import sparsevila_compile.kernels.column_reduce.op  # noqa: F401  isort: skip
-import sparsevila_compile.kernels.retrieval_attention.op  # noqa: F401  isort: skip
-import sparsevila_compile.kernels.select_tokens.op  # noqa: F401  isort: skip
-
-COLUMN_REDUCE = torch.ops.sparsevila.column_reduce.default
-RETRIEVAL = torch.ops.sparsevila.retrieval_attention.default
 
 
 class SparsifyDecodeAttentionConfig(PassConfig):
@@ -72,7 +69,7 @@ class _Retrieve(torch.nn.Module):
         def each(x: torch.Tensor) -> torch.Tensor:
             return x[:, None].expand(batch, groups).reshape(-1)
 
-        chosen = torch.ops.sparsevila.select_tokens(
+        chosen = SELECT_TOKENS(
             scores.reshape(-1), rows * width, each(counts), each(keep), rows * k, batch * groups * k
         )
         positions = columns[:, None, :].expand(batch, groups, width).reshape(-1)
@@ -110,7 +107,7 @@ class SparsifyDecodeAttention(Pass[SparsifyDecodeAttentionConfig]):
                 raise UserError(f"layers: {layer} is outside the language model's {count} layers")
 
     def match(self, program: Program) -> Iterator[Match | Miss]:
-        for i, node in enumerate(calls(program, "language", CACHED)):
+        for i, node in enumerate(calls(program, "language", CACHED_ATTENTION)):
             if program.retrieval is not None:
                 reason = "sparse already"
             elif self.config.layers is not None and i not in self.config.layers:
@@ -131,7 +128,9 @@ class SparsifyDecodeAttention(Pass[SparsifyDecodeAttentionConfig]):
             edit = Editor(turn)
             edit.input("score_weights", [batch, length], torch.float32)
             edit.input("score_columns", [batch, "visual"], torch.int32)
-            Editor(decode).input("tail_start", [tensor_of(decode.input("cache_lens")).shape[0]], torch.int32)
+            Editor(decode).input(
+                "tail_start", [tensor_of(decode.input("cache_lens")).shape[0]], torch.int32
+            )
         self._score(program, match)
         self._retrieve(program, match)
 
@@ -167,7 +166,7 @@ class SparsifyDecodeAttention(Pass[SparsifyDecodeAttentionConfig]):
         batch = tensor_of(decode.input("cache_lens")).shape[0]
         index = edit.input(f"index_{match.data}", [batch, groups, "indexed"], torch.int32)
         new = edit.call(
-            RETRIEVAL,
+            RETRIEVAL_ATTENTION,
             q,
             k,
             v,
@@ -208,6 +207,6 @@ class SparsifyDecodeAttention(Pass[SparsifyDecodeAttentionConfig]):
     def ensures(self, program: Program) -> None:
         if program.retrieval is None:
             return
-        left = list(calls(program, "decode", CACHED))
+        left = list(calls(program, "decode", CACHED_ATTENTION))
         if len(left) + len(program.retrieval.layers) != len(program.caches):
             raise GraphError("sparsify_decode_attention: layers are neither sparse nor dense")

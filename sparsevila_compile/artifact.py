@@ -56,12 +56,18 @@ def check_target(path: str | Path, overwrite: bool) -> Path:
     target = Path(path).absolute()
     if target.exists():
         if not target.is_dir():
-            raise UserError(f"{target}: is a file; the artifact is a directory, choose another path")
+            raise UserError(
+                f"{target}: is a file; the artifact is a directory, choose another path"
+            )
         if any(target.iterdir()):
             if not overwrite:
-                raise UserError(f"{target}: exists already; choose another path or ask for overwriting (emit.overwrite: true, or --overwrite)")
+                raise UserError(
+                    f"{target}: exists already; choose another path or ask for overwriting (emit.overwrite: true, or --overwrite)"
+                )
             if not (target / MANIFEST).is_file():
-                raise UserError(f"{target}: holds no artifact ({MANIFEST} is missing) and is not overwritten; choose another path")
+                raise UserError(
+                    f"{target}: holds no artifact ({MANIFEST} is missing) and is not overwritten; choose another path"
+                )
     parent = target.parent
     while not parent.exists():
         parent = parent.parent
@@ -92,16 +98,22 @@ def save(
     """
     target = check_target(path, overwrite)
     if program.stage != "lower":
-        raise UserError(f"{target}: the program is at stage {program.stage}; only a lowered one runs")
+        raise UserError(
+            f"{target}: the program is at stage {program.stage}; only a lowered one runs"
+        )
     staging: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        staging = Path(
+            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+        )
         _write_files(program, processor, reports, recipe, staging, generation_config)
         staging.chmod(0o755)
         _swap(staging, target)
     except OSError as error:
-        raise UserError(f"{target}: cannot write the artifact: {error.strerror or error}") from error
+        raise UserError(
+            f"{target}: cannot write the artifact: {error.strerror or error}"
+        ) from error
     except safetensors.SafetensorError as error:
         raise UserError(f"{target}: cannot write the weights: {error}") from error
     finally:
@@ -182,7 +194,10 @@ def _write_weights(
     names = []
     for i, shard in enumerate(shards):
         names.append(f"weights-{i + 1:05d}-of-{len(shards):05d}.safetensors")
-        owned = {k: v.clone() if v.untyped_storage().nbytes() != v.numel() * v.element_size() else v for k, v in shard.items()}
+        owned = {
+            k: v.clone() if v.untyped_storage().nbytes() != v.numel() * v.element_size() else v
+            for k, v in shard.items()
+        }
         safetensors.torch.save_file(owned, str(folder / names[-1]))
     return aliases, names
 
@@ -236,12 +251,16 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such artifact directory")
     if not file.is_file():
-        raise UserError(f"{folder}: no {MANIFEST} in this directory; it is not an artifact, or not whole")
+        raise UserError(
+            f"{folder}: no {MANIFEST} in this directory; it is not an artifact, or not whole"
+        )
     manifest = _json(file)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise UserError(f"{file}: damaged: it does not list the artifact's files; compile again")
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{file}: artifact format {manifest.get('format')!r}; this version reads {FORMAT}; compile again")
+        raise UserError(
+            f"{file}: artifact format {manifest.get('format')!r}; this version reads {FORMAT}; compile again"
+        )
     return manifest
 
 
@@ -257,16 +276,24 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
     for name, facts in manifest["files"].items():
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{folder / MANIFEST}: damaged: it names {name!r}, outside the artifact")
+            raise UserError(
+                f"{folder / MANIFEST}: damaged: it names {name!r}, outside the artifact"
+            )
         if not isinstance(facts, dict):
-            raise UserError(f"{folder / MANIFEST}: damaged: no size and hash for {name!r}; compile again")
+            raise UserError(
+                f"{folder / MANIFEST}: damaged: no size and hash for {name!r}; compile again"
+            )
         if not file.is_file():
             raise UserError(f"{file}: missing from the artifact; compile again")
         size = file.stat().st_size
         if size != facts.get("bytes"):
-            raise UserError(f"{file}: damaged: {size} bytes instead of {facts.get('bytes')}; compile again")
+            raise UserError(
+                f"{file}: damaged: {size} bytes instead of {facts.get('bytes')}; compile again"
+            )
         if _sha256(file) != facts.get("sha256"):
-            raise UserError(f"{file}: damaged: its contents are not what was written; compile again")
+            raise UserError(
+                f"{file}: damaged: its contents are not what was written; compile again"
+            )
 
 
 def load_program(path: str | Path, device: torch.device | None = None) -> Program:
@@ -282,9 +309,13 @@ def load_program(path: str | Path, device: torch.device | None = None) -> Progra
     made_for = str(manifest.get("device"))
     where = device or torch.device(made_for)
     if where.type != made_for:
-        raise UserError(f"{folder}: compiled for {made_for}, not {where.type}: its kernels are chosen; compile again with model.device: {where.type}")
+        raise UserError(
+            f"{folder}: compiled for {made_for}, not {where.type}: its kernels are chosen; compile again with model.device: {where.type}"
+        )
     if where.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"{folder}: compiled for CUDA, and no CUDA device is here; compile again with model.device: cpu")
+        raise UserError(
+            f"{folder}: compiled for CUDA, and no CUDA device is here; compile again with model.device: cpu"
+        )
     import sparsevila_compile.ops  # noqa: F401  (declares the canonical ops)
 
     try:
@@ -301,7 +332,9 @@ def load_program(path: str | Path, device: torch.device | None = None) -> Progra
         raise UserError(f"{folder / MANIFEST}: damaged: {type(error).__name__}: {error}") from error
     for component in components.values():
         for name in sorted(component.weight_names() - set(weights)):
-            raise UserError(f"{folder}: damaged: the {component.name} graph wants a weight {name} that no file holds")
+            raise UserError(
+                f"{folder}: damaged: the {component.name} graph wants a weight {name} that no file holds"
+            )
     return program
 
 

@@ -135,7 +135,9 @@ class Conversation:
         """
         rows = self.reader.read(inputs)
         if len(rows) != len(self.rows):
-            raise UserError(f"this conversation has {len(self.rows)} rows, the prompt has {len(rows)}")
+            raise UserError(
+                f"this conversation has {len(self.rows)} rows, the prompt has {len(rows)}"
+            )
         device = self.engine.device
         prompt = inputs["input_ids"].to(device)
         tools.special_tokens(device, len(rows))
@@ -153,7 +155,9 @@ class Conversation:
             config.max_length = prompt + config.max_new_tokens
         new = int(config.max_length) - prompt
         if new < 1:
-            raise UserError(f"generate: max_length={config.max_length} leaves no room after a prompt of {prompt} tokens; give max_new_tokens")
+            raise UserError(
+                f"generate: max_length={config.max_length} leaves no room after a prompt of {prompt} tokens; give max_new_tokens"
+            )
         return new
 
     # ------------------------------------------------------------------- turns

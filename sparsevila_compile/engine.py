@@ -216,7 +216,9 @@ class Engine:
             last = [min(max(n - 1 - start, 0), max(new) - 1) for n in counts]
             inputs = {
                 "inputs_embeds": self._embed(feeds, parts, visual_tokens),
-                "position_ids": self._positions([f.positions[:, p] for f, p in zip(feeds, parts, strict=True)]),
+                "position_ids": self._positions(
+                    [f.positions[:, p] for f, p in zip(feeds, parts, strict=True)]
+                ),
                 "logit_rows": torch.tensor(last, device=self.device)[:, None],
                 "cache_lens": cache.lengths(),
                 "new_lens": torch.tensor(new, dtype=torch.int32, device=self.device),
@@ -287,7 +289,9 @@ class Engine:
             "fixed": _pad_rows(fixed, -1).to(device=self.device, dtype=torch.int32),
         }
         index = {
-            name.replace("scores_", "index_"): self.run("retrieve", {"scores": value, **common})["index"]
+            name.replace("scores_", "index_"): self.run("retrieve", {"scores": value, **common})[
+                "index"
+            ]
             for name, value in scores.items()
         }
         start = torch.tensor(tails, dtype=torch.int32, device=self.device)

@@ -98,9 +98,13 @@ def family_of(config: dict[str, Any]) -> Family:
     text = config.get("text_config", {})
     for key in ("final_logit_softcapping", "attn_logit_softcapping"):
         if text.get(key):
-            raise UserError(f"{name}: text_config.{key} is set; soft-capped attention or logits are not supported")
+            raise UserError(
+                f"{name}: text_config.{key} is set; soft-capped attention or logits are not supported"
+            )
     if "linear_attention" in (text.get("layer_types") or ()):
-        raise UserError(f"{name}: text_config.layer_types has linear_attention layers, which keep no KV cache to retrieve from")
+        raise UserError(
+            f"{name}: text_config.layer_types has linear_attention layers, which keep no KV cache to retrieve from"
+        )
     return family
 
 
@@ -129,6 +133,4 @@ def layout_of(family: Family, config: dict[str, Any]) -> VisionLayout:
             f"{family.model_type}: vision_feature_select_strategy 'full' with a CLS token makes "
             "CLS a visual token, which pruning cannot place; set it to 'default'"
         )
-    return VisionLayout(
-        packed=False, prefix_tokens=cls, merge_unit=1, tokens_per_picture=patches
-    )
+    return VisionLayout(packed=False, prefix_tokens=cls, merge_unit=1, tokens_per_picture=patches)

@@ -42,9 +42,9 @@ class Editor:
     def __init__(self, component: Component) -> None:
         self.component = component
         self.graph = component.graph
-
-    def fake_mode(self) -> FakeTensorMode:
-        return fake_mode_of(value(n) for n in self.graph.nodes if n.op == "placeholder")
+        inputs = [value(n) for n in self.graph.nodes if n.op == "placeholder"]
+        self._mode: FakeTensorMode = fake_mode_of(inputs)
+        self._device: torch.device = inputs[0].device
 
     def call(
         self,
@@ -68,10 +68,9 @@ class Editor:
             # Not Graph.get_attr: that wants an owning module, and a component has none.
             node = self.graph.create_node("get_attr", name)
         self._inherit(node, before)
-        mode = self.fake_mode()
-        with mode:
+        with self._mode:
             node.meta["val"] = torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device()
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device
             )
         return node
 
@@ -86,10 +85,9 @@ class Editor:
             node = self.graph.placeholder(name)
         if node.name != name:
             raise GraphError(f"input {name} clashes with a node of that name")
-        mode = self.fake_mode()
-        sizes = [fresh_size(mode, s, 7) if isinstance(s, str) else s for s in shape]
-        with mode:
-            node.meta["val"] = torch.empty(sizes, dtype=dtype, device=self._device())
+        sizes = [fresh_size(self._mode, s, 7) if isinstance(s, str) else s for s in shape]
+        with self._mode:
+            node.meta["val"] = torch.empty(sizes, dtype=dtype, device=self._device)
         return node
 
     def output(self, name: str, node: fx.Node) -> None:
@@ -117,7 +115,7 @@ class Editor:
     def propagate(self, node: fx.Node) -> None:
         """Compute the node's ``val`` from its arguments' values."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)  # type: ignore[arg-type]
-        with self.fake_mode():
+        with self._mode:
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
     def sweep(self) -> int:
@@ -125,13 +123,6 @@ class Editor:
         before = len(self.graph.nodes)
         self.graph.eliminate_dead_code()
         return before - len(self.graph.nodes)
-
-    def _device(self) -> torch.device:
-        for node in self.graph.nodes:
-            if node.op == "placeholder":
-                device: torch.device = value(node).device
-                return device
-        raise GraphError(f"component {self.component.name} has no inputs")
 
     @staticmethod
     def _inherit(node: fx.Node, origin: fx.Node) -> None:

@@ -99,7 +99,9 @@ def _target(name: str) -> Any:
     if head == "python":
         return PYTHON_TARGETS[rest]
     op, _, overload = rest.partition(".")
-    packet = getattr(getattr(torch.ops, head), op) if head in ("aten", "prims", "sparsevila") else None
+    packet = (
+        getattr(getattr(torch.ops, head), op) if head in ("aten", "prims", "sparsevila") else None
+    )
     target = getattr(packet, overload, None)
     if target is None or check_target(target):
         raise ValueError(f"op {name!r} is unknown or not allowed")
@@ -136,7 +138,10 @@ def component_to_json(component: Component) -> dict[str, Any]:
         if path := node.meta.get("module_path"):
             entry["module"] = path
         nodes.append(entry)
-    results = [{"name": o, "node": n.name} for o, n in zip(component.outputs, component.results(), strict=True)]
+    results = [
+        {"name": o, "node": n.name}
+        for o, n in zip(component.outputs, component.results(), strict=True)
+    ]
     return {"name": component.name, "nodes": nodes, "outputs": results}
 
 
@@ -173,5 +178,3 @@ def component_from_json(data: dict[str, Any], device: torch.device) -> Component
     graph.output(tuple(nodes[o["node"]] for o in outputs))
     graph.lint()
     return Component(str(data["name"]), graph, tuple(str(o["name"]) for o in outputs))
-
-

@@ -16,6 +16,7 @@ import torch
 
 from sparsevila_compile.errors import UserError
 from sparsevila_compile.families import Family
+from sparsevila_compile.ops import ATTENTION
 
 TRACE_ATTENTION = "sparsevila_flash"  # the word "flash" makes packed encoders hand over cu_seqlens
 
@@ -29,11 +30,17 @@ def quiet() -> None:
 
 def _where(path: str) -> str:
     if not Path(path).is_dir():
-        looks_local = path.startswith((".", "/", "~")) or os.sep in path.rstrip(os.sep) and path.count("/") != 1
+        looks_local = path.startswith((".", "/", "~")) or (
+            os.sep in path.rstrip(os.sep) and path.count("/") != 1
+        )
         if looks_local or Path(path).exists():
-            raise UserError(f"{path}: no such checkpoint directory; give a directory with config.json or a hub id")
+            raise UserError(
+                f"{path}: no such checkpoint directory; give a directory with config.json or a hub id"
+            )
     elif not (Path(path) / "config.json").is_file():
-        raise UserError(f"{path}: no config.json in this directory; a Hugging Face checkpoint has one")
+        raise UserError(
+            f"{path}: no config.json in this directory; a Hugging Face checkpoint has one"
+        )
     return path
 
 
@@ -55,7 +62,9 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
             path, revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:
-        raise UserError(f"{path}: cannot read the model configuration: {_explain(error)}") from error
+        raise UserError(
+            f"{path}: cannot read the model configuration: {_explain(error)}"
+        ) from error
 
 
 def load_model(
@@ -109,7 +118,9 @@ def empty_model(config: Any, dtype: torch.dtype | None = None) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def load_processor(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_processor(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
     """The checkpoint's processor (pictures and text).
 
     Raises:
@@ -143,7 +154,9 @@ def _trace_attention(
 ) -> tuple[torch.Tensor, None]:
     name = type(module).__name__
     if attention_mask is not None:
-        raise UserError(f"{name} builds an attention mask of its own; only causal, windowed, packed and full attention are supported")
+        raise UserError(
+            f"{name} builds an attention mask of its own; only causal, windowed, packed and full attention are supported"
+        )
     for feature in ("softcap", "s_aux", "position_bias", "block_mask"):
         if extra.get(feature) is not None:
             raise UserError(f"{name} uses attention with {feature}, which is not supported")
@@ -151,7 +164,7 @@ def _trace_attention(
         is_causal = bool(getattr(module, "is_causal", True))
     if scaling is None:
         scaling = float(query.shape[-1]) ** -0.5
-    out = torch.ops.sparsevila.attention(
+    out = ATTENTION(
         query, key, value, cu_seq_lens_q, float(scaling), is_causal, int(sliding_window or 0)
     )
     return out, None
@@ -162,8 +175,6 @@ def traceable_attention(model: Any) -> Iterator[None]:
     """Within this context every attention of the model is one ``sparsevila::attention`` call."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
-
-    import sparsevila_compile.kernels.attention.op  # noqa: F401  (declares the op)
 
     AttentionInterface.register(TRACE_ATTENTION, _trace_attention)
     AttentionMaskInterface.register(TRACE_ATTENTION, lambda *args, **kwargs: None)
@@ -203,7 +214,9 @@ def part(model: Any, family: Family, name: str) -> torch.nn.Module:
     else:
         found = model.get_output_embeddings()
     if found is None or found is base:
-        raise UserError(f"{family.model_type}: the model has no {name} where transformers keeps it; this version is not supported")
+        raise UserError(
+            f"{family.model_type}: the model has no {name} where transformers keeps it; this version is not supported"
+        )
     return found  # type: ignore[no-any-return]
 
 
@@ -283,7 +296,9 @@ class GenerationTools:
         UserError: unknown arguments, or a strategy that the engine does not have.
     """
 
-    def __init__(self, config: dict[str, Any], defaults: Any, given: Any, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, config: dict[str, Any], defaults: Any, given: Any, arguments: dict[str, Any]
+    ) -> None:
         from transformers import AutoConfig, GenerationMixin
 
         kept = dict(config)
@@ -297,10 +312,21 @@ class GenerationTools:
             raise UserError(f"generate: {_explain(error)}") from error
         if unknown:
             raise UserError(f"generate: unknown arguments {', '.join(sorted(unknown))}")
-        for name, allowed in (("num_beams", 1), ("num_return_sequences", 1), ("return_dict_in_generate", False), ("output_scores", False), ("output_logits", False), ("prompt_lookup_num_tokens", None), ("penalty_alpha", None), ("guidance_scale", None)):
+        for name, allowed in (
+            ("num_beams", 1),
+            ("num_return_sequences", 1),
+            ("return_dict_in_generate", False),
+            ("output_scores", False),
+            ("output_logits", False),
+            ("prompt_lookup_num_tokens", None),
+            ("penalty_alpha", None),
+            ("guidance_scale", None),
+        ):
             value = getattr(self.config, name, allowed)
             if value not in (None, allowed):
-                raise UserError(f"generate: {name}={value!r} is not supported; the engine decodes one sequence a prompt, greedily or by sampling")
+                raise UserError(
+                    f"generate: {name}={value!r} is not supported; the engine decodes one sequence a prompt, greedily or by sampling"
+                )
 
     def special_tokens(self, device: torch.device, batch: int) -> None:
         self._shell._prepare_special_tokens(self.config, True, device=device, batch_size=batch)
@@ -316,7 +342,7 @@ class GenerationTools:
             self.config,
             input_ids_seq_length=input_ids.shape[1],
             encoder_input_ids=input_ids,
-            logits_processor=extra,
+            logits_processor=extra or [],
             device=input_ids.device,
             model_kwargs={},
         )
@@ -324,6 +350,6 @@ class GenerationTools:
     def criteria(self, extra: Any, tokenizer: Any) -> Any:
         """Stopping criteria (end-of-sequence, length, time, stop strings, and the caller's)."""
         try:
-            return self._shell._get_stopping_criteria(self.config, extra, tokenizer=tokenizer)
+            return self._shell._get_stopping_criteria(self.config, extra or [], tokenizer=tokenizer)
         except ValueError as error:
             raise UserError(f"generate: {_explain(error)}") from error

@@ -28,7 +28,9 @@ def fingerprint(program: Program) -> str:
     for name, component in sorted(program.components.items()):
         digest.update(f"{name}{component.outputs}".encode())
         for node in component.graph.nodes:
-            digest.update(f"{node.op} {node.name} {node.target} {node.args} {node.kwargs}\n".encode())
+            digest.update(
+                f"{node.op} {node.name} {node.target} {node.args} {node.kwargs}\n".encode()
+            )
     for name, weight in sorted(program.weights.items()):
         digest.update(f"{name} {id(weight)} {weight.dtype} {tuple(weight.shape)}".encode())
     digest.update(f"{program.prune}{program.retrieval}{program.caches}{program.taps}".encode())
@@ -120,7 +122,9 @@ def _run(program: Program, pass_: Pass[Any], index: int | None, context: Context
         # Before rewriting: a rewrite may erase the node that a site is named after.
         sites = tuple(m.site() for m in matches)
         if not matches and not pass_.config.optional and index is not None:
-            raise UserError(f"{pass_.name} matches nothing{_why(misses)}; fix its options, remove it, or set optional: true")
+            raise UserError(
+                f"{pass_.name} matches nothing{_why(misses)}; fix its options, remove it, or set optional: true"
+            )
         for match in matches:
             pass_.rewrite(program, match, context)
         pass_.finish(program, matches, context)

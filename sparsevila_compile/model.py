@@ -76,7 +76,9 @@ class CompiledModel:
         prompt = {k: v for k, v in inputs.items() if k in known}
         arguments = {k: v for k, v in inputs.items() if k not in known}
         if not {"max_new_tokens", "max_length"} & set(arguments) and generation_config is None:
-            arguments["max_new_tokens"] = self.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
+            arguments["max_new_tokens"] = (
+                self.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
+            )
         tools = hf.GenerationTools(
             self.program.config, self.generation_config, generation_config, arguments
         )

@@ -1,17 +1,15 @@
-"""Importing this module declares every canonical op."""
+"""The canonical ops, declared by importing them, as the overloads that graphs hold."""
 
-from sparsevila_compile.kernels.attention import op as attention
-from sparsevila_compile.kernels.cached_attention import op as cached_attention
-from sparsevila_compile.kernels.column_reduce import op as column_reduce
-from sparsevila_compile.kernels.retrieval_attention import op as retrieval_attention
-from sparsevila_compile.kernels.select_tokens import op as select_tokens
-from sparsevila_compile.kernels.w4a16_linear import op as w4a16_linear
+from sparsevila_compile.kernels.attention.op import OP as _attention
+from sparsevila_compile.kernels.cached_attention.op import OP as _cached_attention
+from sparsevila_compile.kernels.column_reduce.op import OP as _column_reduce
+from sparsevila_compile.kernels.retrieval_attention.op import OP as _retrieval_attention
+from sparsevila_compile.kernels.select_tokens.op import OP as _select_tokens
+from sparsevila_compile.kernels.w4a16_linear.op import OP as _w4a16_linear
 
-__all__ = [
-    "attention",
-    "cached_attention",
-    "column_reduce",
-    "retrieval_attention",
-    "select_tokens",
-    "w4a16_linear",
-]
+ATTENTION = _attention.overload
+CACHED_ATTENTION = _cached_attention.overload
+COLUMN_REDUCE = _column_reduce.overload
+RETRIEVAL_ATTENTION = _retrieval_attention.overload
+SELECT_TOKENS = _select_tokens.overload
+W4A16_LINEAR = _w4a16_linear.overload

@@ -103,7 +103,7 @@ class Pass(ABC, Generic[C]):
     def __init__(self, config: C) -> None:
         self.config = config
 
-    def requires(self, program: Program) -> None:  # noqa: B027  (optional hook)
+    def requires(self, program: Program) -> None:
         """Raise UserError where the program is not ready for this pass."""
 
     @abstractmethod
@@ -114,10 +114,10 @@ class Pass(ABC, Generic[C]):
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
         """Rewrite one match."""
 
-    def finish(self, program: Program, matches: list[Match], context: Context) -> None:  # noqa: B027
+    def finish(self, program: Program, matches: list[Match], context: Context) -> None:
         """What is left to do once all matches are rewritten."""
 
-    def ensures(self, program: Program) -> None:  # noqa: B027
+    def ensures(self, program: Program) -> None:
         """Raise GraphError where the result is not what this pass promises."""
 
 

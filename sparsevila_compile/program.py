@@ -17,9 +17,7 @@ from torch import fx
 
 from sparsevila_compile.errors import GraphError
 
-Stage = Literal[
-    "trace", "canonicalize", "prune", "cache", "sparsify", "quantize", "lower"
-]
+Stage = Literal["trace", "canonicalize", "prune", "cache", "sparsify", "quantize", "lower"]
 STAGES: tuple[Stage, ...] = (
     "trace",
     "canonicalize",

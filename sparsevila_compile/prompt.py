@@ -97,10 +97,16 @@ class PromptReader:
         mask = inputs.get("attention_mask")
         keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu().bool()
         if keep.shape != ids.shape:
-            raise UserError(f"attention_mask has the shape {tuple(keep.shape)}, input_ids {tuple(ids.shape)}")
+            raise UserError(
+                f"attention_mask has the shape {tuple(keep.shape)}, input_ids {tuple(ids.shape)}"
+            )
         vocabulary = int(self.config["text_config"]["vocab_size"])
-        if int(ids.min()) < 0 or (int(ids.max()) >= vocabulary and int(ids.max()) not in self.tokens):
-            raise UserError(f"input_ids holds {int(ids.max())}, but the vocabulary has {vocabulary} tokens; is this another model's processor?")
+        if int(ids.min()) < 0 or (
+            int(ids.max()) >= vocabulary and int(ids.max()) not in self.tokens
+        ):
+            raise UserError(
+                f"input_ids holds {int(ids.max())}, but the vocabulary has {vocabulary} tokens; is this another model's processor?"
+            )
         supplies = {m.name: self._supply(m, inputs) for m in self.family.modalities}
         seconds = inputs.get("second_per_grid_ts")
         seconds = None if seconds is None else torch.as_tensor(seconds).cpu()
@@ -131,10 +137,14 @@ class PromptReader:
         parts: list[tuple[torch.Tensor, tuple[int, int, int] | None, int, int]] = []
         if modality.grid is None:
             if pixels.ndim != 4:
-                raise UserError(f"{modality.pixels} must be [pictures, channels, height, width], not {tuple(pixels.shape)}")
+                raise UserError(
+                    f"{modality.pixels} must be [pictures, channels, height, width], not {tuple(pixels.shape)}"
+                )
             side = int(self.config["vision_config"]["image_size"])
             if tuple(pixels.shape[2:]) != (side, side):
-                raise UserError(f"{modality.pixels} are {tuple(pixels.shape[2:])} pixels; the encoder takes {side} × {side}")
+                raise UserError(
+                    f"{modality.pixels} are {tuple(pixels.shape[2:])} pixels; the encoder takes {side} × {side}"
+                )
             count = self.layout.tokens_per_picture or 0
             parts = [(pixels[i : i + 1], None, count, 1) for i in range(len(pixels))]
         else:
@@ -144,10 +154,14 @@ class PromptReader:
             start = 0
             for t, h, w in grid.cpu().tolist():
                 size = t * h * w
-                parts.append((pixels[start : start + size], (t, h, w), size // self.layout.merge_unit, t))
+                parts.append(
+                    (pixels[start : start + size], (t, h, w), size // self.layout.merge_unit, t)
+                )
                 start += size
             if start != len(pixels):
-                raise UserError(f"{modality.grid} describes {start} patches, {modality.pixels} holds {len(pixels)}")
+                raise UserError(
+                    f"{modality.grid} describes {start} patches, {modality.pixels} holds {len(pixels)}"
+                )
         return [
             Picture(modality, -1, tokens, frames, part, shape, _digest(part, shape))
             for part, shape, tokens, frames in parts
@@ -195,7 +209,9 @@ class PromptReader:
             types[0, p.start : p.start + p.tokens] = kinds[p.modality.name]
             grids[p.modality.name].append(p.grid)
         if self._touching(pictures):
-            raise UserError("two pictures of one kind stand side by side without a token between them; this family separates them by vision_start and vision_end")
+            raise UserError(
+                "two pictures of one kind stand side by side without a token between them; this family separates them by vision_start and vision_end"
+            )
         image, video = (torch.tensor(grids[k]) if grids[k] else None for k in ("image", "video"))
         return self._rope(ids[None], types, image, video, seconds)[:, 0]
 

@@ -101,10 +101,14 @@ class Session:
     def _prompt(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
         processor = self._model.processor
         try:
-            text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
         except (ValueError, AttributeError) as error:
             if getattr(processor, "chat_template", None) is None:
-                raise UserError("this checkpoint's processor has no chat template; call generate() with prompts of your own") from error
+                raise UserError(
+                    "this checkpoint's processor has no chat template; call generate() with prompts of your own"
+                ) from error
             raise UserError(f"the chat template refused the dialogue: {error}") from error
         arguments: dict[str, Any] = {"text": [text], "return_tensors": "pt"}
         if self._pictures:

@@ -19,6 +19,7 @@ from torch.export.graph_signature import InputKind
 from sparsevila_compile import hf
 from sparsevila_compile.errors import GraphError, UserError
 from sparsevila_compile.families import Family, family_of, layout_of
+from sparsevila_compile.ops import ATTENTION
 from sparsevila_compile.program import Component, Program
 
 TAP = "encoder_state"
@@ -269,7 +270,6 @@ def _trace_vision(
 
 def _check_attention(program: Program) -> None:
     """Every attention must have come out as our op: a module that bypasses the interface is refused."""
-    ours = torch.ops.sparsevila.attention.default
     for component in program.components.values():
         for node in component.graph.nodes:
             if node.op == "call_function" and "scaled_dot_product" in str(node.target):
@@ -278,7 +278,7 @@ def _check_attention(program: Program) -> None:
                     "not through transformers' attention interface; it cannot be rewritten"
                 )
     for name in ("vision", "language"):
-        if not any(n.target is ours for n in program.component(name).graph.nodes):
+        if not any(n.target is ATTENTION for n in program.component(name).graph.nodes):
             raise UserError(f"{program.family}: the {name} component has no attention to rewrite")
 
 

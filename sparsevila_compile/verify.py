@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from sparsevila_compile.errors import GraphError
+from sparsevila_compile.ops import ATTENTION
 from sparsevila_compile.program import STAGES, Component, Program
 
 PYTHON_TARGETS: dict[str, Any] = {
@@ -65,9 +66,8 @@ def verify(program: Program) -> None:
     for component in program.components.values():
         _verify_component(component, program)
     if STAGES.index(program.stage) >= STAGES.index("cache") and program.caches:
-        dense = torch.ops.sparsevila.attention.default
         for node in program.component("language").graph.nodes:
-            if node.target is dense and node.args[5]:
+            if node.target is ATTENTION and node.args[5]:
                 raise GraphError(f"language/{node.name}: causal attention without a cache")
 
 

@@ -1,0 +1,391 @@
+"""Recipes: one YAML file that says which model, which passes in which order, and where it goes.
+
+:func:`load_recipe` reports every mistake at once, each on a line of its own as
+``file:line:column key.path: what is wrong``, and looks at nothing but the recipe; whether files
+that it names exist is for the commands to say, at the same places (:meth:`Recipe.blame`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from sparsevila_compile.errors import UserError
+from sparsevila_compile.recipe_problems import problems_of, suggestion
+from sparsevila_compile.yaml_position import (
+    Document,
+    KeyPath,
+    Problem,
+    dotted,
+    parse_yaml,
+    printable,
+    read_text,
+)
+
+if TYPE_CHECKING:
+    from sparsevila_compile.pass_base import Pass, PassConfig
+
+Registry = Mapping[str, "type[Pass[Any]]"]
+
+
+class RecipeError(UserError):
+    """Mistakes in a recipe, one line each, every line starting with the file's name."""
+
+
+def _path_text(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be empty")
+    if "\0" in text:
+        raise ValueError("holds a NUL character, which no path may")
+    if text.startswith("~") and os.path.expanduser(text) == text:
+        raise ValueError("starts with ~, but there is no such user")
+    return text
+
+
+def _device_text(text: str) -> str:
+    if text in ("auto", "cpu", "cuda"):
+        return text
+    kind, _, number = text.partition(":")
+    if kind == "cuda" and number.isascii() and number.isdigit() and len(number) < 4:
+        return text
+    raise ValueError(f"must be auto, cpu, cuda or cuda:N, not {text!r}")
+
+
+def _number_as_text(value: Any) -> Any:
+    return str(value) if type(value) in (int, float) else value
+
+
+PathText = Annotated[str, AfterValidator(_path_text)]
+DeviceText = Annotated[str, AfterValidator(_device_text)]
+AnswerText = Annotated[str, BeforeValidator(_number_as_text)]
+
+
+class Section(BaseModel):
+    """Base of a recipe's sections; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """The checkpoint to compile."""
+
+    path: PathText = Field(description="Checkpoint directory, or a hub id such as org/name.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Type of the weights; auto keeps the checkpoint's."
+    )
+    device: DeviceText = Field(
+        default="auto",
+        description="auto, cpu, cuda or cuda:N; what it is compiled for. auto takes CUDA if there.",
+        json_schema_extra={"pattern": r"^(auto|cpu|cuda(:[0-9]{1,3})?)$"},
+    )
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit of a hub id; null takes the default."
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Let transformers run Python code that the checkpoint brings."
+    )
+
+
+class EmitSection(Section):
+    """What is written."""
+
+    format: Literal["module"] = Field(
+        default="module", description="module: a directory for sparsevila_compile.load."
+    )
+    path: PathText = Field(description="Directory to make.")
+    overwrite: bool = Field(default=False, description="Replace an artifact that is there.")
+
+
+class Turn(Section):
+    """One question of a dialogue."""
+
+    question: str = Field(min_length=1, description="The question.")
+    answer: AnswerText | None = Field(
+        default=None, description="The right answer, shown beside the models' answers."
+    )
+
+
+class Dialogue(Section):
+    """Questions about one picture, asked one after the other in one chat session."""
+
+    image: PathText = Field(description="The picture.")
+    turns: tuple[Turn, ...] = Field(min_length=1, description="The questions, in order.")
+
+
+class AskSection(Section):
+    """What to ask the compiled and the dense model after compiling."""
+
+    max_new_tokens: int = Field(
+        default=64, ge=1, le=100_000, description="Length of an answer at most, in tokens."
+    )
+    dense: bool = Field(
+        default=True, description="Ask the model as it was before compiling, too, to compare."
+    )
+    pictures: tuple[Dialogue, ...] = Field(
+        default=(), description="Pictures with their questions."
+    )
+    file: PathText | None = Field(
+        default=None,
+        description="JSON Lines file, one such picture a line; other keys of a line are ignored.",
+    )
+
+
+class RecipeSections(Section):
+    """A recipe without its passes, which are checked one by one."""
+
+    version: Literal[1] = Field(description="Version of the recipe format.")
+    model: ModelSection
+    emit: EmitSection
+    ask: AskSection | None = None
+
+
+@dataclass(frozen=True)
+class PassItem:
+    """A pass of the list with its resolved options."""
+
+    name: str
+    config: PassConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe without mistakes.
+
+    Attributes:
+        file: the name that error messages start with.
+        directory: what relative paths start from: the recipe file's directory.
+    """
+
+    file: str
+    directory: Path
+    model: ModelSection
+    passes: tuple[PassItem, ...]
+    emit: EmitSection
+    ask: AskSection | None
+    document: Document = field(repr=False, compare=False, default_factory=Document)
+
+    def resolve(self, path: str) -> Path:
+        """A path of the recipe: ``~`` expanded, relative ones from the recipe's directory."""
+        return (self.directory / os.path.expanduser(path)).resolve()
+
+    def checkpoint(self) -> str:
+        """``model.path`` for transformers: an absolute directory, or the hub id as it stands."""
+        path = self.model.path
+        local = self.resolve(path)
+        hub = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
+        return path if hub and not os.path.exists(local) else str(local)
+
+    def build(self, registry: Registry | None = None) -> list[Pass[Any]]:
+        """The passes, ready to run."""
+        known = _registry(registry)
+        return [known[item.name](item.config) for item in self.passes]
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as plain data with every default written out and absolute paths."""
+        ask = self.ask.model_dump(mode="json") if self.ask else None
+        if ask:
+            ask["file"] = ask["file"] and str(self.resolve(ask["file"]))
+            for picture in ask["pictures"]:
+                picture["image"] = str(self.resolve(picture["image"]))
+        return {
+            "version": 1,
+            "model": {**self.model.model_dump(mode="json"), "path": self.checkpoint()},
+            "passes": [{p.name: p.config.model_dump(mode="json")} for p in self.passes],
+            "emit": {
+                **self.emit.model_dump(mode="json"),
+                "path": str(self.resolve(self.emit.path)),
+            },
+            "ask": ask,
+        }
+
+    def error(self, path: KeyPath, message: str) -> RecipeError:
+        """An error at a key of this recipe."""
+        return _error(self.file, self.document, [Problem(path, message)])
+
+    @contextlib.contextmanager
+    def blame(self, *path: str | int) -> Iterator[None]:
+        """Within this context a UserError is reported at the place of that key.
+
+        An error that carries the index of a pass is reported at that pass of the list, and at its
+        option where the message starts with the option's name.
+        """
+        try:
+            yield
+        except RecipeError:
+            raise
+        except UserError as error:
+            index = getattr(error, "index", None)
+            message = str(error)
+            where: KeyPath = path
+            if isinstance(index, int) and index < len(self.passes):
+                where, message = _pass_place(index, self.passes[index], message)
+            raise self.error(where, message) from error
+
+
+def _pass_place(index: int, item: PassItem, message: str) -> tuple[KeyPath, str]:
+    path: KeyPath = ("passes", index, item.name)
+    key, colon, rest = message.partition(": ")
+    if colon and key in type(item.config).model_fields:
+        return (*path, key), rest
+    return path, message.removeprefix(f"{item.name}: ")
+
+
+def load_recipe(path: str | Path, registry: Registry | None = None) -> Recipe:
+    """Read and check a recipe file.
+
+    Args:
+        registry: passes by name; the compiler's own by default.
+
+    Raises:
+        RecipeError: lists everything that is wrong with it.
+    """
+    file = Path(path)
+    text, problem = read_text(file)
+    if problem is not None:
+        raise _error(str(path), Document(), [problem])
+    document = parse_yaml(text)
+    return _check(document, str(path), file.absolute().parent, registry)
+
+
+def recipe_from_dict(
+    data: dict[str, Any],
+    directory: str | Path = ".",
+    registry: Registry | None = None,
+    file: str = "<recipe>",
+) -> Recipe:
+    """Check a recipe that is plain data already; relative paths start from ``directory``.
+
+    Raises:
+        RecipeError: lists everything that is wrong with it.
+    """
+    try:
+        plain = json.loads(json.dumps(data, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{file}:1:1: is not plain data: {printable(str(error))}") from error
+    return _check(Document(data=plain), file, Path(directory).absolute(), registry)
+
+
+def _check(document: Document, file: str, directory: Path, registry: Registry | None) -> Recipe:
+    data = document.data
+    if document.problems and data is None:
+        raise _error(file, document, document.problems)
+    problems = list(document.problems)
+    if not isinstance(data, dict):
+        keys = ", ".join(RecipeSections.model_fields)
+        problems.append(Problem((), f"must be a mapping with the keys {keys} and passes"))
+        raise _error(file, document, problems)
+    if "version" in data and data["version"] != 1:
+        message = f"must be 1, not {_short(data['version'])}: this version reads no other format"
+        raise _error(file, document, [*problems, Problem(("version",), message)])
+    sections: RecipeSections | None = None
+    try:
+        rest = {k: v for k, v in data.items() if k != "passes"}
+        sections = RecipeSections.model_validate_json(json.dumps(rest), strict=True)
+    except ValidationError as error:
+        problems += problems_of(error, (), RecipeSections, extra_keys=("passes",))
+    if sections is not None and sections.ask is not None:
+        problems += _check_ask(sections.ask)
+    items = _passes(data, problems, _registry(registry))
+    if problems or sections is None:
+        raise _error(file, document, problems)
+    recipe = Recipe(
+        file, directory, sections.model, items, sections.emit, sections.ask, document
+    )
+    from sparsevila_compile.manager import steps_for
+
+    with recipe.blame("passes"):
+        steps_for(recipe.build(registry))
+    return recipe
+
+
+def _check_ask(ask: AskSection) -> list[Problem]:
+    if ask.file is None and not ask.pictures:
+        return [Problem(("ask",), "says nothing to ask; give pictures or file")]
+    if ask.file is not None and ask.pictures:
+        return [Problem(("ask", "file"), "and pictures are both given; give one of them")]
+    return []
+
+
+def _passes(
+    data: dict[str, Any], problems: list[Problem], registry: Registry
+) -> tuple[PassItem, ...]:
+    listed = data.get("passes")
+    if "passes" not in data:
+        problems.append(Problem((), "passes: is required: the list of passes to run"))
+        return ()
+    if not isinstance(listed, list) or not listed:
+        why = f"must be a list of at least one pass, not {_short(listed)}"
+        problems.append(Problem(("passes",), why))
+        return ()
+    items = []
+    for i, entry in enumerate(listed):
+        item = _pass(entry, ("passes", i), problems, registry)
+        if item is not None:
+            items.append(item)
+    return tuple(items)
+
+
+def _pass(
+    entry: Any, path: KeyPath, problems: list[Problem], registry: Registry
+) -> PassItem | None:
+    if isinstance(entry, str):
+        name, options = entry, None
+    elif isinstance(entry, dict) and len(entry) == 1:
+        name, options = next(iter(entry.items()))
+    else:
+        why = f"must be a pass or {{pass: {{options}}}}, not {_short(entry)}"
+        if isinstance(entry, dict) and len(entry) > 1:
+            why += "; are the options indented below the pass?"
+        problems.append(Problem(path, why))
+        return None
+    if name not in registry:
+        hint = suggestion(name, registry) or f"; there are {', '.join(sorted(registry))}"
+        problems.append(Problem(path, f"there is no pass {_short(name)}{hint}"))
+        return None
+    path = (*path, name)
+    if options is not None and not isinstance(options, dict):
+        problems.append(Problem(path, f"options must be a mapping, not {_short(options)}"))
+        return None
+    kind = registry[name].config_type
+    try:
+        config = kind.model_validate_json(json.dumps(options or {}), strict=True)
+    except ValidationError as error:
+        problems += problems_of(error, path, kind)
+        return None
+    except UserError as error:
+        problems.append(Problem(path, str(error)))
+        return None
+    return PassItem(name, config)
+
+
+def _registry(registry: Registry | None) -> Registry:
+    if registry is not None:
+        return registry
+    # Here, not above: passes import torch, and a recipe that is no YAML should say so at once.
+    import sparsevila_compile.passes  # noqa: F401  (registers them)
+    from sparsevila_compile.pass_base import PASSES
+
+    return PASSES
+
+
+def _short(value: Any) -> str:
+    text = printable(json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value)
+    return repr(text) if len(text) <= 60 else repr(text[:57] + "...")
+
+
+def _error(file: str, document: Document, problems: list[Problem]) -> RecipeError:
+    lines = []
+    for problem in problems:
+        mark = problem.mark or document.mark(problem.path)
+        where = f"{dotted(problem.path)}: " if problem.path else ""
+        line = f"{file}:{mark.line}:{mark.column} {where}{printable(problem.message)}"
+        lines.append((mark.line, mark.column, line))
+    unique = dict.fromkeys(line for _, _, line in sorted(lines))
+    return RecipeError("\n".join(unique))
