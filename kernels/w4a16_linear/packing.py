@@ -33,12 +33,12 @@ def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     """Codes ``[N, K]`` of any integer dtype, 0..15, to ``qweight`` int32 ``[N, K // 8]``.
 
     Raises:
-        ValueError: not an integer matrix, K is not a multiple of 8, or a code is out of range.
+        ValueError: not an integer matrix, K is not a positive multiple of 8, or a code is out of range.
     """
     if codes.ndim != 2 or codes.is_floating_point() or codes.dtype == torch.bool:
         raise ValueError(f"codes must be an integer [N, K], not {codes.dtype} {list(codes.shape)}")
-    if codes.shape[1] % CODES_PER_WORD:
-        raise ValueError(f"K = {codes.shape[1]} is not a multiple of {CODES_PER_WORD}")
+    if codes.shape[1] == 0 or codes.shape[1] % CODES_PER_WORD:
+        raise ValueError(f"K = {codes.shape[1]} is not a positive multiple of {CODES_PER_WORD}")
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) > MAX_CODE):
         raise ValueError(f"codes must lie in 0..{MAX_CODE}")
     narrow = codes.to(torch.uint8)
@@ -93,8 +93,8 @@ def check_layout(
         raise ValueError(f"group_size {group_size} is not one of {list(GROUP_SIZES)}")
     _check_qweight(qweight)
     rows, channels = qweight.shape[0], qweight.shape[1] * CODES_PER_WORD
-    if channels % group_size:
-        raise ValueError(f"K = {channels} is not a multiple of group_size {group_size}")
+    if channels == 0 or channels % group_size:
+        raise ValueError(f"K = {channels} is not a positive multiple of group_size {group_size}")
     groups = [rows, channels // group_size]
     if list(scales.shape) != groups or not scales.is_floating_point():
         raise ValueError(

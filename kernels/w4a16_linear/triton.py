@@ -197,7 +197,7 @@ def w4a16_linear(
     check_args(x, qweight, scales, zero_points, bias, group_size)
     check_launch("w4a16_linear", x)
     outputs, channels = qweight.shape[0], x.shape[-1]
-    rows = x.numel() // channels if channels else 0
+    rows = x.numel() // channels
     flat = x.reshape(rows, channels)
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
