@@ -187,36 +187,54 @@ class Conversation:
         query_start: list[int] | None,
         new_tokens: int,
     ) -> tuple[torch.Tensor, Retrieved | None]:
+        feeds, tokens = self._lay_out(rows, common, fresh, query_start)
+        columns = [held.columns() for held in self.rows]
+        lens = [int(held.kept.sum()) for held in self.rows]
+        if self.cache is None:
+            self.cache = KVCache(self.engine.program, len(rows), max(lens) + new_tokens, self.limit)
+        self.cache.reserve(max(lens) + new_tokens)
+        self.cache.lens = [n - len(f.ids) for n, f in zip(lens, feeds, strict=True)]
+        logits, scores = self.engine.prefill(self.cache, feeds, tokens, columns)
+        retrieved = self.engine.retrieve(scores, columns, self.cache.lens)
+        cached = sum(len(c) for c in columns)
+        self.usage = Usage(
+            visual_tokens=sum(p.tokens for row in fresh for p in row),
+            kept_tokens=len(tokens),
+            cached_tokens=sum(common),
+            fed_tokens=sum(len(f.ids) for f in feeds),
+            cached_visual=cached,
+            attended_visual=cached if retrieved is None else retrieved.visual,
+        )
+        return logits, retrieved
+
+    def _lay_out(
+        self,
+        rows: list[Row],
+        common: list[int],
+        fresh: list[list[Picture]],
+        query_start: list[int] | None,
+    ) -> tuple[list[Feed], torch.Tensor]:
+        """Encode new pictures and lay out each row's new tokens; the rows count as held then."""
         tokens, kept = self.engine.encode(fresh)
         feeds, offset = [], 0
         for b, (held, row, n) in enumerate(zip(self.rows, rows, common, strict=True)):
             start = query_start[b] if query_start else None
             feeds.append(self._row_feed(held, row, n, fresh[b], kept[b], offset, start))
             offset += sum(len(k) for k in kept[b])
-        columns = [held.columns() for held in self.rows]
-        self.usage = Usage(
-            visual_tokens=sum(p.tokens for row in fresh for p in row),
-            kept_tokens=offset,
-            cached_tokens=sum(common),
-            fed_tokens=sum(len(f.ids) for f in feeds),
-            cached_visual=sum(len(c) for c in columns),
-        )
-        before = [int(h.kept.sum()) - len(f.ids) for h, f in zip(self.rows, feeds, strict=True)]
-        needed = max(int(h.kept.sum()) for h in self.rows) + new_tokens
-        if self.cache is None:
-            self.cache = KVCache(self.engine.program, len(rows), needed, self.limit)
-        self.cache.reserve(needed)
-        self.cache.lens = before
-        logits, scores = self.engine.prefill(self.cache, feeds, tokens, columns)
-        retrieved = self.engine.retrieve(scores, columns, self.cache.lens)
-        spec = self.engine.program.retrieval
-        dense = retrieved is None or spec is None
-        self.usage.attended_visual = (
-            self.usage.cached_visual
-            if dense
-            else sum(keep_count(spec.keep_ratio, len(c)) for c in columns)  # type: ignore[union-attr]
-        )
-        return logits, retrieved
+        return feeds, tokens
+
+    def first_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs of the ``language`` component for whole prompts, for calibration.
+
+        Prefills nothing; the conversation is of no use afterwards.
+        """
+        rows = self.reader.read(inputs)
+        fresh = [row.pictures for row in rows]
+        feeds, tokens = self._lay_out(rows, [0] * len(rows), fresh, None)
+        longest = max(len(f.ids) for f in feeds)
+        cache = KVCache(self.engine.program, len(rows), longest, max(longest, self.limit))
+        columns = torch.full((len(rows), 0), -1, dtype=torch.int32, device=self.engine.device)
+        return self.engine.chunk_inputs(cache, feeds, tokens, columns, 0, longest)
 
     def _check(self, cached: int, row: Row, n: int, new_tokens: int) -> None:
         fresh = [p for p in row.pictures if p.start >= n]

@@ -90,10 +90,14 @@ class Feed:
 
 @dataclass
 class Retrieved:
-    """What decode attends below the tail: ``index_i`` by layer, and where each row's tail starts."""
+    """What decode attends below the tail: ``index_i`` by layer, and where each row's tail starts.
+
+    ``visual`` counts the visual tokens among them, over the batch, a layer and group.
+    """
 
     index: dict[str, torch.Tensor]
     tail_start: torch.Tensor
+    visual: int
 
 
 class Engine:
@@ -117,18 +121,9 @@ class Engine:
 
     # ------------------------------------------------------------------ vision
 
-    def encode(self, prompts: list[list[Picture]]) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
-        """Visual tokens of new pictures, by prompt.
-
-        Returns:
-            ``visual_tokens`` ``[kept, width]`` in prompt order, and for every picture the indices
-            of its kept tokens (int64, ascending, on the CPU).
-        """
+    def vision_inputs(self, prompts: list[list[Picture]]) -> dict[str, Any]:
+        """Inputs of the ``vision`` component for new pictures, by prompt."""
         pictures = [p for prompt in prompts for p in prompt]
-        if not pictures:
-            width = int(self.program.config["text_config"]["hidden_size"])
-            empty = torch.empty((0, width), dtype=self.program.dtype, device=self.device)
-            return empty, [[] for _ in prompts]
         pixels = torch.cat([p.pixels for p in pictures])
         inputs: dict[str, Any] = {
             "pixel_values": pixels.to(device=self.device, dtype=self.program.dtype)
@@ -137,11 +132,25 @@ class Engine:
             grid = torch.tensor([p.grid for p in pictures])
             host = hf.host_vision_inputs(self.program.config, self.family.precomputed, grid)
             inputs |= {k: v.to(self.device) for k, v in host.items()}
+        if self.program.prune is not None:
+            inputs |= self._segments(prompts)
+        return inputs
+
+    def encode(self, prompts: list[list[Picture]]) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
+        """Visual tokens of new pictures, by prompt.
+
+        Returns:
+            ``visual_tokens`` ``[kept, width]`` in prompt order, and for every picture the indices
+            of its kept tokens (int64, ascending, on the CPU).
+        """
+        if not any(prompts):
+            width = int(self.program.config["text_config"]["hidden_size"])
+            empty = torch.empty((0, width), dtype=self.program.dtype, device=self.device)
+            return empty, [[] for _ in prompts]
+        out = self.run("vision", self.vision_inputs(prompts))
         if self.program.prune is None:
-            tokens = self.run("vision", inputs)["visual_tokens"]
-            return tokens, [[torch.arange(p.tokens) for p in prompt] for prompt in prompts]
-        inputs |= self._segments(prompts)
-        out = self.run("vision", inputs)
+            everything = [[torch.arange(p.tokens) for p in prompt] for prompt in prompts]
+            return out["visual_tokens"], everything
         return out["visual_tokens"], self._by_picture(out["kept"].cpu(), prompts)
 
     def budgets(self, pictures: list[Picture]) -> list[tuple[int, int]]:
@@ -187,6 +196,31 @@ class Engine:
 
     # ----------------------------------------------------------------- prefill
 
+    def chunk_inputs(
+        self,
+        cache: KVCache,
+        feeds: list[Feed],
+        visual_tokens: torch.Tensor,
+        score_columns: torch.Tensor,
+        start: int,
+        chunk: int,
+    ) -> dict[str, Any]:
+        """Inputs of a prefill graph for the tokens from ``start`` on, ``chunk`` a row at most."""
+        new = [min(max(len(f.ids) - start, 0), chunk) for f in feeds]
+        parts = [slice(start, start + n) for n in new]
+        pieces = list(zip(feeds, parts, strict=True))
+        last = [min(max(len(f.ids) - 1 - start, 0), max(new) - 1) for f in feeds]
+        return {
+            "inputs_embeds": self._embed(feeds, parts, visual_tokens),
+            "position_ids": self._positions([f.positions[:, p] for f, p in pieces]),
+            "logit_rows": torch.tensor(last, device=self.device)[:, None],
+            "cache_lens": cache.lengths(),
+            "new_lens": torch.tensor(new, dtype=torch.int32, device=self.device),
+            "score_weights": _pad_rows([f.weights[p] for f, p in pieces], 0).to(self.device),
+            "score_columns": score_columns,
+            **cache.tensors,
+        }
+
     def prefill(
         self,
         cache: KVCache,
@@ -210,23 +244,8 @@ class Engine:
         logits: list[torch.Tensor] = [torch.empty(0)] * len(feeds)
         scores: dict[str, torch.Tensor] = {}
         for start in range(0, max(counts), chunk):
-            new = [min(max(n - start, 0), chunk) for n in counts]
-            parts = [slice(start, start + n) for n in new]
-            weights = _pad_rows([f.weights[p] for f, p in zip(feeds, parts, strict=True)], 0)
-            last = [min(max(n - 1 - start, 0), max(new) - 1) for n in counts]
-            inputs = {
-                "inputs_embeds": self._embed(feeds, parts, visual_tokens),
-                "position_ids": self._positions(
-                    [f.positions[:, p] for f, p in zip(feeds, parts, strict=True)]
-                ),
-                "logit_rows": torch.tensor(last, device=self.device)[:, None],
-                "cache_lens": cache.lengths(),
-                "new_lens": torch.tensor(new, dtype=torch.int32, device=self.device),
-                "score_weights": weights.to(self.device),
-                "score_columns": score_columns,
-                **cache.tensors,
-            }
-            asks = sparse and bool(weights.any())
+            asks = sparse and any(bool(f.weights[start : start + chunk].any()) for f in feeds)
+            inputs = self.chunk_inputs(cache, feeds, visual_tokens, score_columns, start, chunk)
             out = self.run("turn" if asks else "language", inputs)
             for name, value in out.items():
                 if name != "logits":
@@ -235,7 +254,7 @@ class Engine:
             for b, n in enumerate(counts):
                 if start < n <= start + chunk:
                     logits[b] = out["logits"][b, 0]
-            cache.lens = [a + b for a, b in zip(cache.lens, new, strict=True)]
+                cache.lens[b] += min(max(n - start, 0), chunk)
         return torch.stack(logits), scores
 
     def _embed(
@@ -295,7 +314,7 @@ class Engine:
             for name, value in scores.items()
         }
         start = torch.tensor(tails, dtype=torch.int32, device=self.device)
-        return Retrieved(index, start)
+        return Retrieved(index, start, sum(keep))
 
     def decode(
         self,

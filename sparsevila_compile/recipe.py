@@ -64,7 +64,9 @@ def _number_as_text(value: Any) -> Any:
 
 PathText = Annotated[str, AfterValidator(_path_text)]
 DeviceText = Annotated[str, AfterValidator(_device_text)]
-AnswerText = Annotated[str, BeforeValidator(_number_as_text)]
+AnswerText = Annotated[
+    str, BeforeValidator(_number_as_text, json_schema_input_type=str | int | float)
+]
 
 
 class Section(BaseModel):

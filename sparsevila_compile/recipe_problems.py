@@ -67,7 +67,7 @@ def _message(detail: Any, annotations: list[Any]) -> str:
     if detail["type"] == "value_error":
         return printable(str(detail["ctx"]["error"]))
     text = str(detail["msg"]).replace("Input should be", "must be")
-    text = text.replace("must be a valid ", "must be a ")
+    text = text.replace("must be a valid ", "must be a ").replace("a integer", "an integer")
     value = detail["input"]
     if detail["type"] == "literal_error":
         words = [str(w) for a in annotations if get_origin(a) is Literal for w in get_args(a)]
@@ -87,12 +87,13 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _flat(annotation: Any) -> list[Any]:
+def flat_types(annotation: Any) -> list[Any]:
+    """The branches of a union, without `Annotated`."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        return _flat(get_args(annotation)[0])
+        return flat_types(get_args(annotation)[0])
     if origin in (Union, types.UnionType):
-        return [f for a in get_args(annotation) for f in _flat(a)]
+        return [f for a in get_args(annotation) for f in flat_types(a)]
     return [annotation]
 
 
@@ -125,11 +126,11 @@ def _walk(
 def _step(annotation: Any, part: int | str) -> list[Any]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         field = annotation.model_fields.get(str(part))
-        return _flat(field.annotation) if field else []
+        return flat_types(field.annotation) if field else []
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (list, tuple, set, frozenset) and isinstance(part, int) and args:
         chosen = args[part] if origin is tuple and args[-1] is not ... and part < len(args) else args[0]
-        return _flat(chosen)
+        return flat_types(chosen)
     if origin is dict and isinstance(part, str):
-        return _flat(args[1])
+        return flat_types(args[1])
     return []

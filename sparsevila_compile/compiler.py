@@ -1,0 +1,233 @@
+"""From a recipe to an artifact: load, trace, run the passes, write.
+
+:func:`compile_recipe` is what the command line calls and what library users call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsevila_compile import artifact, hf
+from sparsevila_compile.errors import UserError
+from sparsevila_compile.manager import run_passes, steps_for
+from sparsevila_compile.pass_base import Context
+from sparsevila_compile.program import Program
+from sparsevila_compile.recipe import Recipe
+from sparsevila_compile.report import PassReport
+from sparsevila_compile.trace import trace
+
+DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class Observer:
+    """Told what the compiler is doing; this one keeps quiet."""
+
+    def total(self, stages: int) -> None:
+        """How many stages there will be."""
+
+    def start(self, stage: str) -> None:
+        """A stage begins."""
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """The running stage has done so much of ``what``."""
+
+    def end(self, stage: str, seconds: float, detail: str) -> None:
+        """A stage is done."""
+
+
+@dataclass
+class Compiled:
+    """What :func:`compile_recipe` made.
+
+    Attributes:
+        path: the artifact's directory.
+        program: the lowered program, still in memory.
+        reports: one a pass, in order.
+        seconds: wall-clock time of everything.
+        weight_bytes: of the weights as loaded.
+    """
+
+    path: Path
+    program: Program
+    reports: list[PassReport]
+    seconds: float
+    weight_bytes: int
+
+
+@dataclass
+class _Clock:
+    observer: Observer
+    stage: str = ""
+    start: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[list[str]]:
+        self.begin(stage)
+        detail: list[str] = []
+        yield detail
+        self.done("".join(detail))
+
+    def begin(self, stage: str) -> None:
+        self.stage, self.start = stage, time.perf_counter()
+        self.observer.start(stage)
+
+    def done(self, detail: str) -> None:
+        self.observer.end(self.stage, time.perf_counter() - self.start, detail)
+
+
+def choose_device(recipe: Recipe, override: str | None = None) -> torch.device:
+    """The device to compile for.
+
+    Args:
+        override: instead of ``model.device`` (the command's ``--device``).
+
+    Raises:
+        UserError: CUDA is wanted and not there.
+    """
+    wanted = override or recipe.model.device
+    available = torch.cuda.is_available()
+    if wanted == "auto":
+        return torch.device("cuda" if available else "cpu")
+    device = torch.device(wanted)
+    wrong = ""
+    if device.type == "cuda" and not available:
+        wrong = f"{wanted} is wanted, but torch sees no CUDA device here; take cpu or auto"
+    elif device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        wrong = f"{wanted} is wanted, but there are {torch.cuda.device_count()} CUDA devices"
+    if not wrong:
+        return device
+    raise UserError(f"--device: {wrong}") if override else recipe.error(("model", "device"), wrong)
+
+
+def check_output(recipe: Recipe, output: str | Path | None, overwrite: bool) -> Path:
+    """Where the artifact goes; refuses early what could only fail late, or destroy what is needed.
+
+    Raises:
+        UserError: the place is taken, cannot be written, or holds the recipe or the checkpoint.
+    """
+    target = recipe.resolve(recipe.emit.path) if output is None else Path(output).resolve()
+    try:
+        for what, needed in (
+            ("recipe", recipe.directory / Path(recipe.file).name),
+            ("checkpoint", Path(recipe.checkpoint())),
+        ):
+            if needed.exists() and needed.resolve().is_relative_to(target):
+                raise UserError(f"{target}: holds the {what}; choose another path")
+        return artifact.check_target(target, overwrite)
+    except UserError as error:
+        if output is not None:
+            raise UserError(f"--output: {error}") from error
+        raise recipe.error(("emit", "path"), str(error)) from error
+
+
+def compile_recipe(
+    recipe: Recipe,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool | None = None,
+    device: str | None = None,
+    observer: Observer | None = None,
+) -> Compiled:
+    """Compile the recipe's model and write the artifact, whole or not at all.
+
+    Args:
+        output: directory instead of ``emit.path`` (relative to the working directory).
+        overwrite: instead of ``emit.overwrite``.
+        device: instead of ``model.device``.
+        observer: told of stages and progress.
+
+    Raises:
+        UserError: the recipe asks for what cannot be had; nothing is written.
+    """
+    watch = observer or Observer()
+    clock = _Clock(watch)
+    begun = time.perf_counter()
+    where = choose_device(recipe, device)
+    replace = recipe.emit.overwrite if overwrite is None else overwrite
+    target = check_output(recipe, output, replace)
+    passes = recipe.build()
+    watch.total(len(steps_for(passes)) + 4)
+    model, processor = _load(recipe, where, clock)
+    generation_config = getattr(model, "generation_config", None)
+    with clock("trace") as said, recipe.blame("model", "path"):
+        program = trace(model)
+        said.append(f"{program.family}, {program.node_count()} nodes")
+    del model
+    size = program.weight_bytes()
+    context = Context(processor=processor, progress=watch.progress, base=str(recipe.directory))
+    with recipe.blame("passes"):
+        reports = run_passes(
+            program,
+            passes,
+            context,
+            on_start=clock.begin,
+            on_report=lambda r: clock.done(f"{len(r.matches)} matches, {r.miss_count} misses"),
+        )
+    resolved = recipe.resolved()
+    resolved["model"]["device"] = str(where)
+    resolved["emit"].update(path=str(target), overwrite=replace)
+    with clock("write") as said, recipe.blame("emit", "path"):
+        path = artifact.save(
+            program, processor, reports, resolved, target, replace, generation_config
+        )
+        said.append(str(path))
+    return Compiled(path, program, reports, time.perf_counter() - begun, size)
+
+
+def _load(recipe: Recipe, device: torch.device, clock: _Clock) -> tuple[Any, Any]:
+    hf.quiet()
+    options = _hub_options(recipe)
+    with recipe.blame("model", "path"):
+        with clock("read configuration") as said:
+            config = hf.load_config(recipe.checkpoint(), **options)
+            processor = hf.load_processor(recipe.checkpoint(), **options)
+            said.append(str(getattr(config, "model_type", "")))
+        with clock("load weights") as said:
+            model = load_dense(recipe, device)
+            count = sum(p.numel() for p in model.parameters())
+            said.append(f"{count / 1e6:,.1f} M parameters, {device}")
+    return model, processor
+
+
+def _hub_options(recipe: Recipe) -> dict[str, Any]:
+    section = recipe.model
+    return {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+
+
+def load_dense(recipe: Recipe, device: torch.device) -> Any:
+    """The recipe's model as transformers runs it.
+
+    Raises:
+        UserError: its weights are missing or damaged.
+    """
+    with recipe.blame("model", "path"):
+        return hf.load_model(
+            recipe.checkpoint(),
+            dtype=DTYPES[recipe.model.dtype],
+            device=device,
+            **_hub_options(recipe),
+        )
+
+
+def trace_empty(recipe: Recipe) -> Program:
+    """The recipe's model traced without weights, from its configuration alone.
+
+    Raises:
+        UserError: there is no such checkpoint, or the model is not supported.
+    """
+    hf.quiet()
+    with recipe.blame("model", "path"):
+        config = hf.load_config(recipe.checkpoint(), **_hub_options(recipe))
+        return trace(hf.empty_model(config, DTYPES[recipe.model.dtype]))
