@@ -73,7 +73,9 @@ def plan(recipe: Recipe, observe: Callable[[str], None] = lambda name: None) -> 
     for step, report in zip(steps, reports, strict=False):
         step.report = report
         if not report.matches and step.index is not None and not step.pass_.config.optional:
-            problem = UserError(f"{report.name} matches nothing; fix its options, remove it, or set optional: true")
+            problem = UserError(
+                f"{report.name} matches nothing; fix its options, remove it, or set optional: true"
+            )
             problem.index = step.index  # type: ignore[attr-defined]
             step.error = _as_reported(recipe, problem)
     return steps

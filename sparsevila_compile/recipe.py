@@ -130,9 +130,7 @@ class AskSection(Section):
     dense: bool = Field(
         default=True, description="Ask the model as it was before compiling, too, to compare."
     )
-    pictures: tuple[Dialogue, ...] = Field(
-        default=(), description="Pictures with their questions."
-    )
+    pictures: tuple[Dialogue, ...] = Field(default=(), description="Pictures with their questions.")
     file: PathText | None = Field(
         default=None,
         description="JSON Lines file, one such picture a line; other keys of a line are ignored.",
@@ -297,9 +295,7 @@ def _check(document: Document, file: str, directory: Path, registry: Registry | 
     items = _passes(data, problems, _registry(registry))
     if problems or sections is None:
         raise _error(file, document, problems)
-    recipe = Recipe(
-        file, directory, sections.model, items, sections.emit, sections.ask, document
-    )
+    recipe = Recipe(file, directory, sections.model, items, sections.emit, sections.ask, document)
     from sparsevila_compile.manager import steps_for
 
     with recipe.blame("passes"):

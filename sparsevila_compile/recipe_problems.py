@@ -129,7 +129,9 @@ def _step(annotation: Any, part: int | str) -> list[Any]:
         return flat_types(field.annotation) if field else []
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (list, tuple, set, frozenset) and isinstance(part, int) and args:
-        chosen = args[part] if origin is tuple and args[-1] is not ... and part < len(args) else args[0]
+        chosen = (
+            args[part] if origin is tuple and args[-1] is not ... and part < len(args) else args[0]
+        )
         return flat_types(chosen)
     if origin is dict and isinstance(part, str):
         return flat_types(args[1])
