@@ -5,6 +5,7 @@ from . import (
     insert_kv_cache,
     lower_ops,
     prune_visual_tokens,
+    quantize_linear,
     sparsify_decode_attention,
 )
 
@@ -13,5 +14,6 @@ __all__ = [
     "insert_kv_cache",
     "lower_ops",
     "prune_visual_tokens",
+    "quantize_linear",
     "sparsify_decode_attention",
 ]

@@ -36,7 +36,7 @@ def canonical_op(node: fx.Node) -> Op | None:
 
 @register
 class LowerOps(Pass[LowerOpsConfig]):
-    """Every node of the namespace ``sparsevila`` gets its ``impl`` argument; taps go."""
+    """Every node of the namespace ``sparsevila`` gets its ``impl`` argument."""
 
     name = "lower_ops"
     stage = "lower"
@@ -91,11 +91,7 @@ class LowerOps(Pass[LowerOpsConfig]):
                 f"implementations: no {', '.join(sorted(unused))} in the graph; remove the entry"
             )
         for component in program.components.values():
-            edit = Editor(component)
-            for tap in set(program.taps) & set(component.outputs):
-                edit.drop_output(tap)
-            edit.sweep()
-        program.taps = ()
+            Editor(component).sweep()
         counts = Counter(
             f"{m.data.name}: {m.node.kwargs['impl']}" for m in matches if "impl" in m.node.kwargs
         )

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from sparsevila_compile import hf
-from sparsevila_compile.budget import keep_count
 from sparsevila_compile.engine import Engine, Feed, KVCache, Retrieved
 from sparsevila_compile.errors import UserError
 from sparsevila_compile.prompt import Picture, PromptReader, Row, compact_positions

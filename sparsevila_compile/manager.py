@@ -13,6 +13,7 @@ import torch
 
 import sparsevila_compile.passes  # noqa: F401  (registers them)
 from sparsevila_compile.errors import GraphError, UserError
+from sparsevila_compile.graph_edit import Editor
 from sparsevila_compile.pass_base import PASSES, Context, Match, Miss, Pass, PassError
 from sparsevila_compile.program import STAGES, Program
 from sparsevila_compile.report import MissGroup, PassReport, Site
@@ -118,6 +119,8 @@ def _run(program: Program, pass_: Pass[Any], index: int | None, context: Context
     start = time.perf_counter()
     context.notes = {}
     try:
+        if STAGES.index(pass_.stage) > STAGES.index("prune"):
+            drop_taps(program)
         matches, misses = look(program, pass_)
         # Before rewriting: a rewrite may erase the node that a site is named after.
         sites = tuple(m.site() for m in matches)
@@ -125,6 +128,7 @@ def _run(program: Program, pass_: Pass[Any], index: int | None, context: Context
             raise UserError(
                 f"{pass_.name} matches nothing{_why(misses)}; fix its options, remove it, or set optional: true"
             )
+        pass_.prepare(program, matches, context)
         for match in matches:
             pass_.rewrite(program, match, context)
         pass_.finish(program, matches, context)
@@ -161,6 +165,19 @@ def _run(program: Program, pass_: Pass[Any], index: int | None, context: Context
         fallbacks=context.notes.pop("fallbacks", {}),
         notes=dict(context.notes),
     )
+
+
+def drop_taps(program: Program) -> None:
+    """Forget outputs that only kept encoder layers alive for pruning, and what is dead without them.
+
+    Done once pruning is over, so that no later pass works on layers that never run.
+    """
+    for component in program.components.values():
+        edit = Editor(component)
+        for tap in set(program.taps) & set(component.outputs):
+            edit.drop_output(tap)
+            edit.sweep()
+    program.taps = ()
 
 
 def _why(misses: list[Miss]) -> str:

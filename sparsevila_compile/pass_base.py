@@ -110,6 +110,9 @@ class Pass(ABC, Generic[C]):
     def match(self, program: Program) -> Iterator[Match | Miss]:
         """Find what to rewrite, in graph order, changing nothing."""
 
+    def prepare(self, program: Program, matches: list[Match], context: Context) -> None:
+        """What needs all matches before the first is rewritten (calibration); edits nothing."""
+
     @abstractmethod
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
         """Rewrite one match."""

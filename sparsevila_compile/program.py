@@ -143,12 +143,12 @@ class Program:
 
     Attributes:
         components: ``embed`` (input_ids → inputs_embeds), ``vision`` (pixels → visual_tokens and,
-            before lowering, the taps) and ``language`` (inputs_embeds, position_ids, logit_rows →
+            until pruning is over, the taps) and ``language`` (inputs_embeds, position_ids, logit_rows →
             logits); passes add ``turn``, ``decode`` and ``retrieve``.
         weights: every parameter and constant, by checkpoint name.
         config: the Hugging Face configuration as plain data.
         taps: outputs of ``vision`` that exist only so that no encoder layer is dead code while
-            passes look at it; lowering removes them.
+            passes look at it; they go once pruning is over.
         max_length: cache positions a row may use at most (set with the cache).
     """
 
