@@ -79,9 +79,9 @@ class LowerOps(Pass[LowerOpsConfig]):
             return choice.name
         if forced != REFERENCE:
             chosen = op.implementations[forced]
-            reason = chosen.supported(device) or chosen.supports_args(*args)
-            if reason is not None:
-                raise UserError(f"implementations: {op.name} cannot be {forced}: {reason}")
+            refused = chosen.supported(device) or chosen.supports_args(*args)
+            if refused is not None:
+                raise UserError(f"implementations: {op.name} cannot be {forced}: {refused}")
         return forced
 
     def finish(self, program: Program, matches: list[Match], context: Context) -> None:

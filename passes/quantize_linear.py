@@ -277,16 +277,15 @@ class QuantizeLinear(Pass[QuantizeLinearConfig]):
         rows, width = program.weights[name].shape
         groups = width // self.config.group_size
         if context.dry:
-            meta = {"device": "meta"}
-            program.weights[f"{stem}.qweight"] = torch.empty(
-                rows, width // 8, dtype=torch.int32, **meta
-            )
-            program.weights[f"{stem}.scales"] = torch.empty(
-                rows, groups, dtype=program.dtype, **meta
-            )
-            program.weights[f"{stem}.zero_points"] = torch.empty(
-                rows, groups, dtype=torch.uint8, **meta
-            )
+            meta = torch.device("meta")
+            for part, columns, dtype in (
+                ("qweight", width // 8, torch.int32),
+                ("scales", groups, program.dtype),
+                ("zero_points", groups, torch.uint8),
+            ):
+                program.weights[f"{stem}.{part}"] = torch.empty(
+                    (rows, columns), dtype=dtype, device=meta
+                )
             return
         quantized = self._quantized.pop(name)
         program.weights[f"{stem}.qweight"] = pack_int4(quantized.codes)

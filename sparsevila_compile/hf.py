@@ -84,7 +84,7 @@ def load_model(
 
     _where(path)
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path,
             dtype=dtype or "auto",
             use_safetensors=True,
@@ -96,6 +96,7 @@ def load_model(
         raise
     except Exception as error:
         raise UserError(f"{path}: cannot load the weights: {_explain(error)}") from error
+    model, info = loaded
     for key, what in (("missing_keys", "has no"), ("mismatched_keys", "has another shape for")):
         names = sorted(str(n) for n in info.get(key) or ())
         if names:

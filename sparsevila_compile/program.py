@@ -103,11 +103,13 @@ class Component:
         """
         for node in self.graph.nodes:
             if node.op == "placeholder" and node.target == name:
-                return node
+                found: fx.Node = node
+                return found
         raise GraphError(f"component {self.name} has no input {name}; it has {self.inputs}")
 
     def output_node(self) -> fx.Node:
-        return next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        node: fx.Node = next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        return node
 
     def results(self) -> list[fx.Node]:
         """The nodes that the component returns, in the order of ``outputs``."""

@@ -7,6 +7,7 @@ on the full prompt, and lays out pruning budgets. Nothing here knows caches.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +108,7 @@ class PromptReader:
             raise UserError(
                 f"input_ids holds {int(ids.max())}, but the vocabulary has {vocabulary} tokens; is this another model's processor?"
             )
-        supplies = {m.name: self._supply(m, inputs) for m in self.family.modalities}
+        supplies: dict[str, list[Picture]] = {m.name: self._supply(m, inputs) for m in self.family.modalities}
         seconds = inputs.get("second_per_grid_ts")
         seconds = None if seconds is None else torch.as_tensor(seconds).cpu()
         video_index = 0
@@ -219,7 +220,7 @@ class PromptReader:
     def _touching(pictures: list[Picture]) -> bool:
         return any(
             a.start + a.tokens == b.start and a.modality is b.modality
-            for a, b in zip(pictures, pictures[1:], strict=False)
+            for a, b in itertools.pairwise(pictures)
         )
 
 

@@ -11,7 +11,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-__all__ = ["FakeTensor", "FakeTensorMode", "fake_mode_of", "fresh_size", "hint_of"]
+__all__ = ["FakeTensor", "FakeTensorMode", "fake_mode_of", "fresh_size"]
 
 
 def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode:
@@ -26,17 +26,11 @@ def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode:
     return mode
 
 
-def fresh_size(mode: FakeTensorMode, name: str, hint: int) -> int:
+def fresh_size(mode: FakeTensorMode, name: str, hint: int) -> int | torch.SymInt:
     """A new symbolic size, of no relation to any other, whose example value is ``hint``."""
     env = mode.shape_env
     if not isinstance(env, ShapeEnv):
         raise ValueError("the graph was traced with static shapes")
     source = ConstantSource(f"__{name}_{len(env.var_to_range)}")
     symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-    size: int = env.create_symintnode(symbol, hint=hint, source=source)
-    return size
-
-
-def hint_of(size: int | torch.SymInt) -> int:
-    """The example value of a size that may be symbolic."""
-    return size if isinstance(size, int) else int(size.node.require_hint())
+    return env.create_symintnode(symbol, hint=hint, source=source)
