@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -32,9 +33,11 @@ SHRINKS = tuple(1 - 0.05 * i for i in range(11))
 
 
 class Quantized(NamedTuple):
-    """A weight ``[N, K]`` in 4 bits: codes uint8 ``[N, K]`` 0..15, scales ``[N, K // group_size]``
-    in their storage dtype, zero_points uint8 of the same shape. Weight = (code - zero_point) *
-    scale."""
+    """A weight ``[N, K]`` in 4 bits, ``(code - zero_point) * scale``.
+
+    codes uint8 ``[N, K]``, 0..15; scales ``[N, K // group_size]`` in their storage dtype;
+    zero_points uint8 ``[N, K // group_size]``, 0..15.
+    """
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -65,7 +68,7 @@ class ActivationStats:
         channels = self.abs_sum.shape[0]
         if x.shape[-1] != channels:
             raise ValueError(f"x must be [..., {channels}], not {list(x.shape)}")
-        for rows in x.detach().reshape(-1, channels).split(_chunk_rows(channels)):
+        for rows in torch.split(x.reshape(-1, channels), _chunk_rows(self.gram)):
             tokens = rows.to(self.gram.device, torch.float32)
             self.gram.addmm_(tokens.T, tokens)
             self.abs_sum += tokens.abs().sum(0, dtype=torch.float64)
@@ -107,6 +110,7 @@ def check_width(channels: int, group_size: int, what: str = "a linear") -> None:
         )
 
 
+@torch.no_grad()
 def quantize_groupwise(
     weight: torch.Tensor,
     group_size: int,
@@ -138,7 +142,7 @@ def quantize_groupwise(
 
 @dataclass(frozen=True)
 class ScaleChoice:
-    """What :func:`search_scale` found; errors as in :class:`AwqResult`."""
+    """What :func:`search_scale` found; ``error`` is the chosen scale's, without clipping."""
 
     scale: torch.Tensor
     alpha: float
@@ -147,6 +151,7 @@ class ScaleChoice:
     error: float
 
 
+@torch.no_grad()
 def search_scale(
     weights: Sequence[torch.Tensor],
     stats: ActivationStats,
@@ -182,24 +187,24 @@ def search_scale(
         raise ValueError(f"grid must be at least 1, not {grid}")
     for weight in weights:
         _check_weight(weight, group_size)
-
-    def round_scale(scale: torch.Tensor) -> torch.Tensor:
-        return scale.to(scale_dtype).float()
-
-    applied = applied or round_scale
     best: ScaleChoice | None = None
     error_rtn = 0.0
     for alpha, with_weights, wanted in _candidates(weights, stats, group_size, grid, duo):
-        scale = applied(wanted)
+        scale = applied(wanted) if applied else wanted.to(scale_dtype).float()
         if not bool(((scale > 0) & scale.isfinite()).all()):
             raise ValueError("applied() must return positive, finite scales")
-        error = sum(
-            float(_row_errors(weight, stats, group_size, scale_dtype, scale).sum())
-            for weight in weights
-        )
+        error = 0.0
+        for rows in (chunk for weight in weights for chunk in _chunks(weight)):
+            delta = _delta(rows, group_size, scale_dtype, scale)
+            error += float(stats.squared_norm(delta).sum())
         if best is None:
             if not bool((scale == 1).all()):
                 raise ValueError("applied() must leave a scale of ones unchanged")
+            if not isfinite(error):
+                raise UserError(
+                    f"AWQ: the output error is not finite; weights (scales in {scale_dtype}) or "
+                    "activations are too large; run the model in bfloat16 or float32"
+                )
             error_rtn = error
         if best is None or error < best.error:
             best = ScaleChoice(scale, alpha, with_weights, error_rtn, error)
@@ -218,10 +223,11 @@ def search_clip(
 ) -> torch.Tensor:
     """How far to shrink the range of every group of every row, float32 ``[N, K // group_size]``.
 
-    The values are of :data:`SHRINKS`. Groups are settled from left to right, each by the exact
-    output error of its row given the groups settled before and all later ones unclipped; 1 is kept
-    on ties. So no row's error over the calibration data grows. (AWQ's own search rates each group
-    by itself, on sampled tokens.)
+    The values are of :data:`SHRINKS`. First each group gets the one that is best for its own share
+    of the output, as AWQ does (on sampled tokens). Groups fed by correlated channels then add up or
+    cancel, so one sweep over the groups settles each anew by the exact error of its row, given all
+    the others. Rows that are not better for it in the end are left unclipped: no row's error over
+    the calibration data grows.
 
     Args:
         weight: ``[N, K]``, any float dtype.
@@ -234,8 +240,202 @@ def search_clip(
     stats.mean_abs()  # refuses missing or broken data
     if scale is None:
         scale = torch.ones(weight.shape[1], device=weight.device)
-    chunks = [
-        _clip_rows(rows.float(), stats, group_size, scale, scale_dtype)
-        for rows in weight.split(_chunk_rows(weight.shape[1]))
-    ]
-    return torch.cat(chunks)
+    return torch.cat(
+        [_clip_rows(rows, stats, group_size, scale_dtype, scale) for rows in _chunks(weight)]
+    )
+
+
+@dataclass(frozen=True)
+class AwqResult:
+    """Weights quantized for one input; each stands for its weight times ``scale``.
+
+    ``error_rtn`` (round-to-nearest) and ``error_awq`` (what is returned) are the mean over
+    calibration tokens of the squared output error, summed over all outputs of all weights;
+    ``output_power`` is the same of the exact output. ``clipped`` is the share of groups whose range
+    was shrunk.
+    """
+
+    choice: ScaleChoice
+    quantized: list[Quantized]
+    error_awq: float
+    output_power: float
+    clipped: float
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """Float32 ``[K]``: what the input has to be divided by."""
+        return self.choice.scale
+
+    @property
+    def error_rtn(self) -> float:
+        return self.choice.error_rtn
+
+
+@torch.no_grad()
+def quantize_awq(
+    weights: Sequence[torch.Tensor],
+    stats: ActivationStats,
+    group_size: int,
+    clip: bool | Sequence[bool] = True,
+    *,
+    grid: int = 20,
+    duo: bool = True,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    applied: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> AwqResult:
+    """Quantize weights that share one input: search the scale, then clip, then round.
+
+    ``clip`` may say per weight whether its ranges may be shrunk (AWQ leaves query and key
+    projections alone, whose outputs are multiplied with each other). Other arguments and errors are
+    those of :func:`search_scale`. ``error_awq <= choice.error <= error_rtn`` always.
+    """
+    clips = [clip] * len(weights) if isinstance(clip, bool) else list(clip)
+    if not weights or len(clips) != len(weights):
+        raise ValueError(f"{len(weights)} weights but {len(clips)} values of clip")
+    choice = search_scale(
+        weights, stats, group_size, grid, duo=duo, scale_dtype=scale_dtype, applied=applied
+    )
+    quantized: list[Quantized] = []
+    error = power = 0.0
+    clipped = groups = 0
+    for weight, may_clip in zip(weights, clips, strict=True):
+        parts = []
+        for rows in _chunks(weight):
+            shrink = rows.new_ones(rows.shape[0], rows.shape[1] // group_size)
+            if may_clip:
+                shrink = _clip_rows(rows, stats, group_size, scale_dtype, choice.scale)
+            clipped += int((shrink < 1).sum())
+            groups += shrink.numel()
+            part = _quantize(rows * choice.scale, group_size, scale_dtype, shrink)
+            parts.append(part)
+            delta = part.dequantize().div_(choice.scale).sub_(rows)
+            error += float(stats.squared_norm(delta).sum())
+            power += float(stats.squared_norm(rows).sum())
+        codes, scales, zero_points = (torch.cat(part) for part in zip(*parts, strict=True))
+        quantized.append(Quantized(codes, scales, zero_points))
+    return AwqResult(choice, quantized, error, power, clipped / groups)
+
+
+def _check_weight(weight: torch.Tensor, group_size: int) -> None:
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight must be a float [N, K], not {weight.dtype} {list(weight.shape)}")
+    check_width(weight.shape[1], group_size)
+    if not bool(weight.isfinite().all()):
+        raise UserError("a weight to be quantized has inf or NaN values; check the checkpoint")
+
+
+def _chunk_rows(matrix: torch.Tensor) -> int:
+    """Rows worked on at once; clipping tries all shrinks of a group side by side."""
+    return max(1, CHUNK_ELEMENTS // max(matrix.shape[1], len(SHRINKS) * max(GROUP_SIZES)))
+
+
+def _chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The rows of a matrix in float32, at most CHUNK_ELEMENTS values (or one row) at a time."""
+    for rows in torch.split(weight, _chunk_rows(weight)):
+        yield rows.float()
+
+
+def _quantize(
+    weight: torch.Tensor,
+    group_size: int,
+    scale_dtype: torch.dtype,
+    shrink: torch.Tensor | float = 1.0,
+) -> Quantized:
+    """:func:`quantize_groupwise` of a float32 weight, unchecked."""
+    grouped = weight.reshape(weight.shape[0], -1, group_size)
+    low, high = grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
+    stored = ((high - low) * shrink / MAX_CODE).to(scale_dtype)
+    stored = torch.where(stored > 0, stored, torch.ones_like(stored))
+    step = stored.float()
+    zero_points = (-low * shrink / step).round_().clamp_(0, MAX_CODE)
+    codes = (grouped / step[..., None]).round_().add_(zero_points[..., None]).clamp_(0, MAX_CODE)
+    return Quantized(codes.to(torch.uint8).flatten(1), stored, zero_points.to(torch.uint8))
+
+
+def _delta(
+    rows: torch.Tensor,
+    group_size: int,
+    scale_dtype: torch.dtype,
+    scale: torch.Tensor,
+    shrink: torch.Tensor | float = 1.0,
+) -> torch.Tensor:
+    """How far the stored weight of float32 rows is from them, as their input sees it."""
+    quantized = _quantize(rows * scale, group_size, scale_dtype, shrink)
+    return quantized.dequantize().div_(scale).sub_(rows)
+
+
+def _candidates(
+    weights: Sequence[torch.Tensor], stats: ActivationStats, group_size: int, grid: int, duo: bool
+) -> Iterator[tuple[float, bool, torch.Tensor]]:
+    """``(alpha, duo, scale)`` in the order tried; ones come first."""
+    activation = stats.mean_abs()
+    # The floor, relative to the mean, keeps a channel that is never active from a scale of zero.
+    activation = (activation / activation.mean().clamp(min=1e-30)).clamp_(min=1e-4)
+    magnitude = _weight_magnitude(weights, group_size).clamp_(min=1e-4) if duo else None
+    for i in range(grid):
+        alpha = i / grid
+        scale = activation**alpha
+        yield alpha, False, _centered(scale)
+        if magnitude is not None:
+            yield alpha, True, _centered(scale / magnitude ** (1 - alpha))
+
+
+def _centered(scale: torch.Tensor) -> torch.Tensor:
+    """Divided by the geometric mean of its extremes: a common factor changes no code."""
+    low, high = scale.aminmax()
+    return scale / (low * high).sqrt()
+
+
+def _weight_magnitude(weights: Sequence[torch.Tensor], group_size: int) -> torch.Tensor:
+    """Mean over all rows of ``|w|`` relative to the largest of its group, float32 ``[K]``."""
+    total = torch.zeros(weights[0].shape[1], dtype=torch.float64, device=weights[0].device)
+    for rows in (chunk for weight in weights for chunk in _chunks(weight)):
+        grouped = rows.abs().reshape(rows.shape[0], -1, group_size)
+        relative = grouped / grouped.amax(-1, keepdim=True).clamp_(min=1e-30)
+        total += relative.sum(0, dtype=torch.float64).flatten()
+    return (total / sum(weight.shape[0] for weight in weights)).float()
+
+
+def _clip_rows(
+    rows: torch.Tensor,
+    stats: ActivationStats,
+    group_size: int,
+    scale_dtype: torch.dtype,
+    scale: torch.Tensor,
+) -> torch.Tensor:
+    """:func:`search_clip` for a chunk of float32 rows."""
+    count, channels = rows.shape
+    groups = channels // group_size
+    # [groups, group_size, group_size]: the second moment of each group's own channels.
+    blocks = stats.gram.view(groups, group_size, groups, group_size).diagonal(0, 0, 2)
+    blocks = blocks.permute(2, 0, 1)
+    ratios = torch.tensor(SHRINKS, device=rows.device)
+    shrink, best = rows.new_ones(count, groups), rows.new_full((count, groups), float("inf"))
+    for ratio in SHRINKS:
+        delta = _delta(rows, group_size, scale_dtype, scale, ratio)
+        own = delta.view(count, groups, group_size).transpose(0, 1)
+        error = torch.bmm(own, blocks).mul_(own).sum(-1).T
+        shrink = torch.where(error < best, ratio, shrink)
+        best = torch.minimum(error, best)
+
+    # A group's move by m changes its row's error by m C m^T + 2 m (delta C)^T.
+    delta = _delta(rows, group_size, scale_dtype, scale, shrink)
+    pull = torch.mm(delta, stats.gram)
+    for group in range(groups):
+        own_channels = slice(group * group_size, (group + 1) * group_size)
+        tried = [
+            _delta(rows[:, own_channels], group_size, scale_dtype, scale[own_channels], ratio)
+            for ratio in SHRINKS
+        ]
+        moves = torch.stack(tried).sub_(delta[:, own_channels])
+        change = (moves @ blocks[group]).add_(pull[:, own_channels], alpha=2).mul_(moves).sum(-1)
+        gain, pick = change.min(0)
+        move = moves.gather(0, pick[None, :, None].expand(1, count, group_size))[0]
+        move = torch.where(gain[:, None] < 0, move, 0.0)
+        shrink[:, group] = torch.where(gain < 0, ratios[pick], shrink[:, group])
+        delta[:, own_channels] += move
+        pull.addmm_(move, stats.gram[own_channels])
+
+    clipped = stats.squared_norm(_delta(rows, group_size, scale_dtype, scale, shrink))
+    plain = stats.squared_norm(_delta(rows, group_size, scale_dtype, scale))
+    return torch.where((clipped < plain)[:, None], shrink, 1.0)
