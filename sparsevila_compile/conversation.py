@@ -29,6 +29,9 @@ class Held:
         visual: which of them are placeholders, ``[n]``.
         positions: largest position used up to each token, ``[n]``.
         pictures: their places and digests.
+        next: position of the token that follows.
+        asked: index of the first token of the last question.
+        prompt: length of the last prompt.
         answered: ids fed or generated up to the end of the last answer (no part of a question).
     """
 
@@ -37,6 +40,9 @@ class Held:
     visual: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
     positions: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     pictures: list[Picture] = field(default_factory=list)
+    next: int = 0
+    asked: int = 0
+    prompt: int = 0
     answered: int = 0
 
     def common(self, row: Row) -> int:
@@ -56,10 +62,13 @@ class Held:
         return n
 
     def cut(self, n: int) -> None:
+        if n < len(self.ids):  # else an answer's last token, which is not cached, still counts
+            self.answered = min(self.answered, n)
         self.ids, self.kept = self.ids[:n], self.kept[:n]
         self.visual, self.positions = self.visual[:n], self.positions[:n]
         self.pictures = [p for p in self.pictures if p.start < n]
-        self.answered = min(self.answered, n)
+        self.next = int(self.positions.max()) + 1 if n else 0
+        self.asked, self.prompt = min(self.asked, n), min(self.prompt, n)
 
     def extend(
         self, ids: torch.Tensor, kept: torch.Tensor, visual: torch.Tensor, top: torch.Tensor
@@ -68,9 +77,6 @@ class Held:
         self.kept = torch.cat([self.kept, kept])
         self.visual = torch.cat([self.visual, visual])
         self.positions = torch.cat([self.positions, top])
-
-    def next_position(self) -> int:
-        return int(self.positions.max()) + 1 if len(self.positions) else 0
 
     def columns(self) -> torch.Tensor:
         """Cache positions of the visual tokens."""
@@ -127,7 +133,7 @@ class Conversation:
         Args:
             inputs: processor outputs for the whole prompts (all turns, all pictures).
             query_start: by row, index of the first token (padding not counted) that asks; by
-                default the new text after the last picture.
+                default the new text after the last picture and the last answer.
 
         Returns:
             ``[batch, prompt + new]``, the prompts as given followed by the answers, padded.
@@ -164,7 +170,10 @@ class Conversation:
     def _feed(
         self, rows: list[Row], query_start: list[int] | None, new_tokens: int
     ) -> tuple[torch.Tensor, Retrieved | None]:
-        common = [held.common(row) for held, row in zip(self.rows, rows, strict=True)]
+        common = [
+            self._reusable(held, row, query_start[b] if query_start else None)
+            for b, (held, row) in enumerate(zip(self.rows, rows, strict=True))
+        ]
         fresh = [
             [p for p in row.pictures if p.start >= n] for row, n in zip(rows, common, strict=True)
         ]
@@ -177,6 +186,22 @@ class Conversation:
             for held, n in zip(self.rows, common, strict=True):
                 held.cut(n)  # whatever was written behind it is overwritten by the next prompt
             raise
+
+    def _reusable(self, held: Held, row: Row, query_start: int | None) -> int:
+        """Leading tokens of a prompt that need not be fed.
+
+        Retrieval scores while the question is fed, so a question that the cache holds already
+        (asked again, or edited) is fed again from its start.
+        """
+        n = held.common(row)
+        if self.engine.program.retrieval is None:
+            return n
+        if query_start is not None:
+            n = min(n, max(query_start, 0))
+        elif n < held.prompt:
+            n = min(n, held.asked)
+        inside = (p.start for p in row.pictures if p.start < n < p.start + p.tokens)
+        return next(inside, n)
 
     def _prefill(
         self,
@@ -258,7 +283,7 @@ class Conversation:
         query_start: int | None,
     ) -> Feed:
         """Lay out a row's new tokens and note them as held."""
-        answered = held.answered
+        answered = held.answered if n >= held.prompt else n
         held.cut(n)
         ids, positions = row.ids[n:], row.positions[:, n:]
         visual = row.visual()[n:]
@@ -272,15 +297,19 @@ class Conversation:
         prune = self.engine.program.prune
         if prune is not None and prune.positions == "compact":
             moved = [_shifted(p, -n) for p in fresh]
-            placed = compact_positions(positions, keep, moved, held.next_position())
+            placed = compact_positions(positions, keep, moved, held.next)
             top = torch.full((len(ids),), -1, dtype=torch.int64)
             top[keep] = placed.max(0).values
+            following = max(held.next, int(top.max()) + 1)
         else:
             placed, top = positions[:, keep], positions.max(0).values
+            following = row.next
         held.extend(ids, keep, visual, top)
+        held.next, held.prompt = following, len(row.ids)
         held.pictures += [replace(p, pixels=p.pixels[:0]) for p in fresh]
         index = torch.arange(n, n + len(ids))
         asks = self._query(index, visual, answered, query_start)
+        held.asked = n + int(asks.nonzero()[0])
         weights = asks[keep].float()
         return Feed(ids[keep], placed, source[keep], weights / weights.sum())
 
@@ -317,7 +346,7 @@ class Conversation:
         sample = bool(tools.config.do_sample)
         batch = len(self.rows)
         going = torch.ones(batch, dtype=torch.bool, device=sequence.device)
-        positions = [held.next_position() for held in self.rows]
+        positions = [held.next for held in self.rows]
         if streamer is not None:
             streamer.put(sequence.cpu())
         generated = 0
@@ -360,7 +389,7 @@ class Conversation:
             if cached:
                 yes, no = torch.tensor([True]), torch.tensor([False])
                 held.extend(torch.tensor([token]), yes, no, torch.tensor([position]))
-                held.answered = len(held.ids)
+                held.next, held.answered = position + 1, len(held.ids)
             else:
                 held.answered = len(held.ids) + 1
 

@@ -43,11 +43,19 @@ class Picture:
 
 @dataclass
 class Row:
-    """One prompt of a batch, without padding: ids ``[n]`` and positions ``[axes, n]``."""
+    """One prompt of a batch, without padding.
+
+    Attributes:
+        ids: ``[n]``.
+        positions: ``[axes, n]``, before pruning.
+        next: position of the text token that would follow. Not always one past the largest: the
+            time axis of a long video runs ahead of the text behind it.
+    """
 
     ids: torch.Tensor
     positions: torch.Tensor
     pictures: list[Picture]
+    next: int
 
     def visual(self) -> torch.Tensor:
         """Which ids are placeholders: bool ``[n]``."""
@@ -121,7 +129,11 @@ class PromptReader:
             videos = sum(p.modality.name == "video" for p in pictures)
             steps = None if seconds is None else seconds[video_index : video_index + videos]
             video_index += videos
-            rows.append(Row(row_ids, self._positions(row_ids, pictures, steps), pictures))
+            if steps is not None:
+                _time(pictures, steps)
+            positions = self._positions(row_ids, pictures, steps)
+            following = int(positions[0, -1])
+            rows.append(Row(row_ids, positions[:, :-1], pictures, following))
         for name, supply in supplies.items():
             if supply:
                 raise UserError(
@@ -198,13 +210,14 @@ class PromptReader:
     def _positions(
         self, ids: torch.Tensor, pictures: list[Picture], seconds: torch.Tensor | None
     ) -> torch.Tensor:
-        """Positions on the full prompt, as transformers numbers them: ``[axes, n]``."""
-        if self._rope is None:
-            return torch.arange(len(ids))[None]
-        if not pictures:
-            return torch.arange(len(ids)).expand(3, -1).clone()
+        """Positions on the full prompt and of one text token more, as transformers numbers them.
+
+        Returns ``[axes, n + 1]``.
+        """
+        if self._rope is None or not pictures:
+            return torch.arange(len(ids) + 1).expand(1 if self._rope is None else 3, -1)
         kinds = {"image": 1, "video": 2}
-        types = torch.zeros(1, len(ids), dtype=torch.int64)
+        types = torch.zeros(1, len(ids) + 1, dtype=torch.int64)
         grids: dict[str, list[Any]] = {"image": [], "video": []}
         for p in pictures:
             types[0, p.start : p.start + p.tokens] = kinds[p.modality.name]
@@ -214,7 +227,8 @@ class PromptReader:
                 "two pictures of one kind stand side by side without a token between them; this family separates them by vision_start and vision_end"
             )
         image, video = (torch.tensor(grids[k]) if grids[k] else None for k in ("image", "video"))
-        return self._rope(ids[None], types, image, video, seconds)[:, 0]
+        longer = torch.cat([ids, ids.new_zeros(1)])
+        return self._rope(longer[None], types, image, video, seconds)[:, 0]
 
     @staticmethod
     def _touching(pictures: list[Picture]) -> bool:
@@ -222,6 +236,13 @@ class PromptReader:
             a.start + a.tokens == b.start and a.modality is b.modality
             for a, b in itertools.pairwise(pictures)
         )
+
+
+def _time(pictures: list[Picture], seconds: torch.Tensor) -> None:
+    """A video played at another speed is another video: its positions differ."""
+    videos = [p for p in pictures if p.modality.name == "video"]
+    for video, step in zip(videos, seconds.tolist(), strict=True):
+        video.digest += repr(step).encode()
 
 
 def _digest(pixels: torch.Tensor, grid: tuple[int, int, int] | None) -> bytes:
