@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from sparsevila_compile.budget import keep_count
 from sparsevila_compile.dialogues import AskedPicture
 from sparsevila_compile.errors import UserError
+from sparsevila_compile.families import family_of
 from sparsevila_compile.program import Program
+from sparsevila_compile.prompt import PromptReader
 from sparsevila_compile.session import Session
 
 Progress = Callable[[str, int, int], None]
@@ -75,6 +79,15 @@ class DenseModel:
         return Session(cast(Any, self))
 
 
+@contextmanager
+def _asking(dialogue: AskedPicture, question: str) -> Iterator[None]:
+    """Say which picture and question an error belongs to."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{dialogue.path}: {question!r}: {error}") from error
+
+
 def ask_all(
     model: Any,
     dialogues: list[AskedPicture],
@@ -99,10 +112,8 @@ def ask_all(
         session.add_image(dialogue.picture)
         said, usages = [], []
         for turn in dialogue.turns:
-            try:
+            with _asking(dialogue, turn.question):
                 answer = session.ask(turn.question, max_new_tokens=max_new_tokens, do_sample=False)
-            except UserError as error:
-                raise UserError(f"{dialogue.path}: {turn.question!r}: {error}") from error
             said.append(answer)
             if not isinstance(model, DenseModel):
                 usages.append(session.usage)
@@ -147,6 +158,57 @@ def compare(
             )
         )
     return out
+
+
+class _Rehearsal:
+    """Stands in for a compiled model: checks each prompt and answers nothing."""
+
+    def __init__(self, program: Program, processor: Any, max_new_tokens: int) -> None:
+        self.program = program
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.new_tokens = max_new_tokens
+        self.reader = PromptReader(program, family_of(program.config))
+
+    def conversation(self, batch: int) -> None:
+        """None: nothing is computed."""
+
+    def generate(self, *, conversation: None, **inputs: Any) -> torch.Tensor:
+        known = self.reader.known_inputs
+        (row,) = self.reader.read({k: v for k, v in inputs.items() if k in known})
+        visual = sum(p.tokens for p in row.pictures)
+        prune = self.program.prune
+        kept = keep_count(prune.keep_ratio, visual) if prune else visual
+        needed = len(row.ids) - visual + kept + self.new_tokens
+        if needed > self.program.max_length:
+            raise UserError(
+                f"needs at least {needed} cache positions with its answer of {self.new_tokens} "
+                f"tokens, the limit is {self.program.max_length}; shorten it, lower "
+                "max_new_tokens, or raise max_length of insert_kv_cache"
+            )
+        ids: torch.Tensor = inputs["input_ids"]
+        return ids
+
+    def chat(self) -> Session:
+        return Session(cast(Any, self))
+
+
+def rehearse(
+    program: Program, processor: Any, dialogues: list[AskedPicture], max_new_tokens: int
+) -> None:
+    """Build every prompt without running a model, so that what cannot be asked is known early.
+
+    Raises:
+        UserError: no chat template, placeholders and pictures that do not fit, a prompt that even
+            with empty earlier answers is longer than the cache.
+    """
+    stand_in = _Rehearsal(program, processor, max_new_tokens)
+    for dialogue in dialogues:
+        session = stand_in.chat()
+        session.add_image(dialogue.picture)
+        for turn in dialogue.turns:
+            with _asking(dialogue, turn.question):
+                session.ask(turn.question)
 
 
 def kv_bytes(program: Program, visual: int, kept: int, attended: int) -> tuple[int, int]:

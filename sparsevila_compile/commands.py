@@ -19,12 +19,20 @@ def compile_command(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe)
 
     from sparsevila_compile import display
+    from sparsevila_compile.asking import rehearse
     from sparsevila_compile.compiler import compile_recipe
     from sparsevila_compile.dialogues import read_dialogues
     from sparsevila_compile.progress import observer
 
     out = display.console()
     dialogues = [] if options.no_ask else read_dialogues(recipe)
+    ask = recipe.ask
+
+    def check(program: Any, processor: Any) -> None:
+        if ask is not None:
+            with recipe.blame("ask"):
+                rehearse(program, processor, dialogues, ask.max_new_tokens)
+
     with observer(quiet=options.quiet, bars=not options.no_progress) as watch:
         result = compile_recipe(
             recipe,
@@ -32,6 +40,7 @@ def compile_command(options: argparse.Namespace) -> int:
             overwrite=options.overwrite or None,
             device=options.device,
             observer=watch,
+            before_write=check,
         )
     if not options.json:
         display.show_result(out, result)

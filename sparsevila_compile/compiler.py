@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,13 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+
+def counts_text(matches: int, misses: int) -> str:
+    """``1 match, 2 misses``."""
+    return (
+        f"{matches} match{'es' if matches != 1 else ''}, {misses} miss{'es' if misses != 1 else ''}"
+    )
 
 
 class Observer:
@@ -96,19 +103,23 @@ def choose_device(recipe: Recipe, override: str | None = None) -> torch.device:
     Raises:
         UserError: CUDA is wanted and not there.
     """
-    wanted = override or recipe.model.device
-    available = torch.cuda.is_available()
-    if wanted == "auto":
-        return torch.device("cuda" if available else "cpu")
-    device = torch.device(wanted)
-    wrong = ""
-    if device.type == "cuda" and not available:
-        wrong = f"{wanted} is wanted, but torch sees no CUDA device here; take cpu or auto"
-    elif device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        wrong = f"{wanted} is wanted, but there are {torch.cuda.device_count()} CUDA devices"
-    if not wrong:
+    device = wanted_device(recipe, override)
+    if device.type != "cuda":
         return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) < count:
+        return device
+    there = f"there are {count}" if count else "torch sees no CUDA device here; take cpu or auto"
+    wrong = f"{device} is wanted, but {there}"
     raise UserError(f"--device: {wrong}") if override else recipe.error(("model", "device"), wrong)
+
+
+def wanted_device(recipe: Recipe, override: str | None = None) -> torch.device:
+    """The device that the recipe (or ``override``) names, whether it is here or not."""
+    name = override or recipe.model.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def check_output(recipe: Recipe, output: str | Path | None, overwrite: bool) -> Path:
@@ -127,9 +138,13 @@ def check_output(recipe: Recipe, output: str | Path | None, overwrite: bool) -> 
                 raise UserError(f"{target}: holds the {what}; choose another path")
         return artifact.check_target(target, overwrite)
     except UserError as error:
-        if output is not None:
-            raise UserError(f"--output: {error}") from error
-        raise recipe.error(("emit", "path"), str(error)) from error
+        raise _misplaced(recipe, output, error) from error
+
+
+def _misplaced(recipe: Recipe, output: str | Path | None, error: UserError) -> UserError:
+    if output is None:
+        return recipe.error(("emit", "path"), str(error))
+    return UserError(f"--output: {error}")
 
 
 def compile_recipe(
@@ -139,6 +154,7 @@ def compile_recipe(
     overwrite: bool | None = None,
     device: str | None = None,
     observer: Observer | None = None,
+    before_write: Callable[[Program, Any], None] = lambda program, processor: None,
 ) -> Compiled:
     """Compile the recipe's model and write the artifact, whole or not at all.
 
@@ -147,6 +163,8 @@ def compile_recipe(
         overwrite: instead of ``emit.overwrite``.
         device: instead of ``model.device``.
         observer: told of stages and progress.
+        before_write: called with the lowered program and the processor; what it raises ends the
+            compilation with nothing written.
 
     Raises:
         UserError: the recipe asks for what cannot be had; nothing is written.
@@ -173,15 +191,19 @@ def compile_recipe(
             passes,
             context,
             on_start=clock.begin,
-            on_report=lambda r: clock.done(f"{len(r.matches)} matches, {r.miss_count} misses"),
+            on_report=lambda r: clock.done(counts_text(len(r.matches), r.miss_count)),
         )
+    before_write(program, processor)
     resolved = recipe.resolved()
     resolved["model"]["device"] = str(where)
     resolved["emit"].update(path=str(target), overwrite=replace)
-    with clock("write") as said, recipe.blame("emit", "path"):
-        path = artifact.save(
-            program, processor, reports, resolved, target, replace, generation_config
-        )
+    with clock("write") as said:
+        try:
+            path = artifact.save(
+                program, processor, reports, resolved, target, replace, generation_config
+            )
+        except UserError as error:
+            raise _misplaced(recipe, output, error) from error
         said.append(str(path))
     return Compiled(path, program, reports, time.perf_counter() - begun, size)
 

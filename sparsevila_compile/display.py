@@ -17,7 +17,7 @@ from rich.table import Table
 
 from sparsevila_compile.asking import PictureAnswers, same
 from sparsevila_compile.budget import keep_count
-from sparsevila_compile.compiler import Compiled
+from sparsevila_compile.compiler import Compiled, counts_text
 from sparsevila_compile.planning import Looked, Planned
 from sparsevila_compile.program import Program
 from sparsevila_compile.report import MissGroup, PassReport, Site
@@ -168,9 +168,13 @@ def unfinished_lines(reports: Iterable[PassReport]) -> list[str]:
     for report in reports:
         for group in report.misses:
             lines += _group_lines(f"{report.name} left alone", group)
-        for what, reason in report.fallbacks.items():
-            lines.append(f"{report.name} passed over {what}: {reason}")
+        lines += fallback_lines(report)
     return lines
+
+
+def fallback_lines(report: PassReport) -> list[str]:
+    """Implementations that would have been better and could not be taken."""
+    return [f"{report.name} passed over {what}: {why}" for what, why in report.fallbacks.items()]
 
 
 def note_lines(reports: Iterable[PassReport]) -> list[str]:
@@ -273,13 +277,15 @@ def show_plan(out: Console, steps: list[Planned]) -> None:
         added = "" if step.index is not None else ", added by the compiler"
         counts = "not reached" if step.error is None else "refused"
         if report is not None:
-            counts = f"{len(report.matches)} matches, {report.miss_count} misses"
+            counts = counts_text(len(report.matches), report.miss_count)
         out.print(f"{number}. {name} (stage {step.pass_.stage}{added}): {counts}", markup=False)
         for line in site_lines(report.matches) if report else ():
             out.print(f"   match  {line}", markup=False)
         for group in report.misses if report else ():
             for line in _group_lines("  miss ", group):
                 out.print(f" {line}", markup=False)
+        for line in [*note_lines([report]), *fallback_lines(report)] if report else ():
+            out.print(f"   {line}", markup=False, style="dim")
         if step.error:
             out.print(f"   error  {step.error}", markup=False, style="red")
 
@@ -298,4 +304,4 @@ def show_nodes(out: Console, looked: list[Looked]) -> None:
         )
     out.print(table)
     matches = sum(n.reason is None for n in looked)
-    out.print(f"{matches} matches, {len(looked) - matches} misses", markup=False)
+    out.print(counts_text(matches, len(looked) - matches), markup=False)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from sparsevila_compile.compiler import trace_empty
+from sparsevila_compile.compiler import trace_empty, wanted_device
 from sparsevila_compile.errors import GraphError, UserError
 from sparsevila_compile.graph_edit import module_path
 from sparsevila_compile.manager import look, run_passes, steps_for
@@ -51,7 +50,7 @@ class Looked:
     reason: str | None
 
 
-def plan(recipe: Recipe, observe: Callable[[str], None] = lambda name: None) -> list[Planned]:
+def plan(recipe: Recipe) -> list[Planned]:
     """Run the recipe's passes dry, on a model without weights.
 
     A pass that matches nothing is noted as the error that it would be, and planning goes on; where
@@ -64,8 +63,13 @@ def plan(recipe: Recipe, observe: Callable[[str], None] = lambda name: None) -> 
     steps = [Planned(p, i) for p, i in steps_for(recipe.build())]
     patient = [_allow_nothing(p) for p in recipe.build()]
     reports: list[PassReport] = []
+
+    def started(_: str) -> None:
+        if steps[len(reports)].pass_.stage == "lower":
+            program.device = wanted_device(recipe)  # kernels are chosen for it, not for meta
+
     try:
-        run_passes(program, patient, Context(dry=True), reports.append, observe)
+        run_passes(program, patient, Context(dry=True), reports.append, started)
     except (UserError, GraphError) as error:
         stopped = steps[len(reports)]
         with_place = error if isinstance(error, UserError) else UserError(str(error))

@@ -281,8 +281,9 @@ def _check(document: Document, file: str, directory: Path, registry: Registry | 
         keys = ", ".join(RecipeSections.model_fields)
         problems.append(Problem((), f"must be a mapping with the keys {keys} and passes"))
         raise _error(file, document, problems)
-    if "version" in data and data["version"] != 1:
-        message = f"must be 1, not {_short(data['version'])}: this version reads no other format"
+    version = data.get("version", 1)
+    if type(version) is not int or version != 1:  # True is an int, and equal to 1
+        message = f"must be 1, not {_short(version)}: this version reads no other format"
         raise _error(file, document, [*problems, Problem(("version",), message)])
     sections: RecipeSections | None = None
     try:
@@ -374,13 +375,19 @@ def _registry(registry: Registry | None) -> Registry:
 
 
 def _short(value: Any) -> str:
-    text = printable(json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value)
-    return repr(text) if len(text) <= 60 else repr(text[:57] + "...")
+    """A value as a recipe would have it, words in quotes, cut where long."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = printable(text)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _error(file: str, document: Document, problems: list[Problem]) -> RecipeError:
     lines = []
+    unread = {p.path for p in document.problems if p.path}
     for problem in problems:
+        above = {problem.path[:end] for end in range(1, len(problem.path) + 1)}
+        if above & unread and problem not in document.problems:
+            continue  # the value could not even be read: that it is missing is no second mistake
         mark = problem.mark or document.mark(problem.path)
         where = f"{dotted(problem.path)}: " if problem.path else ""
         line = f"{file}:{mark.line}:{mark.column} {where}{printable(problem.message)}"

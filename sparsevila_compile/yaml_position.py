@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -32,9 +32,8 @@ class _CoreLoader(yaml.SafeLoader):
     PyYAML's YAML 1.1 would take the answer ``no`` for false, 1:30 for 90 and 1e-3 for a string.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
-
+_CoreLoader.yaml_implicit_resolvers = {}
 for _kind, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
