@@ -433,7 +433,6 @@ def _clip_rows(
         move = moves.gather(0, pick[None, :, None].expand(1, count, group_size))[0]
         move = torch.where(gain[:, None] < 0, move, 0.0)
         shrink[:, group] = torch.where(gain < 0, ratios[pick], shrink[:, group])
-        delta[:, own_channels] += move
         pull.addmm_(move, stats.gram[own_channels])
 
     clipped = stats.squared_norm(_delta(rows, group_size, scale_dtype, scale, shrink))
