@@ -143,6 +143,10 @@ class Conversation:
             raise UserError(
                 f"this conversation has {len(self.rows)} rows, the prompt has {len(rows)}"
             )
+        if query_start is not None and len(query_start) != len(rows):
+            raise UserError(
+                f"query_start has {len(query_start)} entries, the prompt has {len(rows)} rows"
+            )
         device = self.engine.device
         prompt = inputs["input_ids"].to(device)
         tools.special_tokens(device, len(rows))

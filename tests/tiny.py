@@ -135,13 +135,12 @@ def _qwen(**text: Any) -> Any:
 
 
 def _qwen_windowed() -> Any:
-    config = _qwen(
+    return _qwen(
         num_hidden_layers=3,
         use_sliding_window=True,
         sliding_window=9,
         layer_types=["full_attention", "sliding_attention", "full_attention"],
     )
-    return config
 
 
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -223,24 +222,19 @@ def run(program: Program, *specs: Spec) -> list[PassReport]:
     return run_passes(program, make_passes(*specs), Context())
 
 
-@dataclass
-class NoProcessor:
-    """Stands in for a processor where prompts are made by hand; has the words alone."""
-
-    tokenizer: Any = None
-
-
 _COMPILED: dict[str, CompiledModel] = {}
 
 
 def compiled(name: str, *specs: Spec) -> CompiledModel:
-    """A compiled tiny model, shared by all tests that ask for the same passes."""
+    """A compiled tiny model, shared by all tests that ask for the same passes.
+
+    It has the processor of the LLaVA models: for the others, of use for its tokenizer alone.
+    """
     key = json.dumps([name, specs])
     if key not in _COMPILED:
         program = traced(name)
         run(program, *specs)
-        processor = NoProcessor(tokenizer())
-        _COMPILED[key] = CompiledModel(program, processor, model(name).generation_config)
+        _COMPILED[key] = CompiledModel(program, processor(), model(name).generation_config)
     return _COMPILED[key]
 
 
@@ -358,12 +352,14 @@ def dense(name: str, prompt: dict[str, torch.Tensor], **arguments: Any) -> torch
     return out
 
 
-def dense_rows(name: str, rows: Sequence[Row], new_tokens: int = NEW) -> list[list[int]]:
+def dense_rows(
+    name: str, rows: Sequence[Row], new_tokens: int = NEW, **more: Any
+) -> list[list[int]]:
     """transformers' answers, every row asked alone and so without padding."""
     answers = []
     for row in rows:
         prompt = inputs(name, [row])
-        out = dense(name, prompt, **greedy(new_tokens))
+        out = dense(name, prompt, **greedy(new_tokens, **more))
         answers.append(out[0, prompt["input_ids"].shape[1] :].tolist())
     return answers
 
@@ -371,6 +367,12 @@ def dense_rows(name: str, rows: Sequence[Row], new_tokens: int = NEW) -> list[li
 def continued(row: Row, answer: Iterable[int], *more: Item) -> list[Item]:
     """The next turn's prompt: the last one, its answer, and something new."""
     return [*row, *(int(t) for t in answer), *more]
+
+
+def answers_of(prompt: dict[str, torch.Tensor], out: torch.Tensor) -> list[list[int]]:
+    """What follows the prompts in a result of ``generate``."""
+    new: list[list[int]] = out[:, prompt["input_ids"].shape[1] :].tolist()
+    return new
 
 
 @cache
@@ -391,4 +393,30 @@ def tokenizer() -> Any:
         eos_token="</s>",
         unk_token="<unk>",
         additional_special_tokens=["<image>", "<video>", "<vision>", "</vision>"],
+    )
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}w11 w12 "
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
+    "{% else %}{{ c['text'] }} {% endif %}{% endfor %}w13 "
+    "{% else %}{% for c in m['content'] %}{{ c['text'] }} {% endfor %}{% endif %}{% endfor %}"
+)
+
+
+@cache
+def processor() -> Any:
+    """A working processor for the LLaVA models; a turn is ``w11 w12 <image> question w13 answer``."""
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    pictures = CLIPImageProcessorPil(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
+    )
+    return LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
     )

@@ -97,9 +97,8 @@ def test_right_padding(name: str) -> None:
     rows = PROMPTS["batch, one row without a picture"]
     prompt = tiny.inputs(name, rows, side="right")
     out = tiny.compiled(name, *tiny.FULL).generate(**prompt, **tiny.greedy())
-    length = prompt["input_ids"].shape[1]
-    assert torch.equal(out[:, :length], prompt["input_ids"])
-    assert out[:, length:].tolist() == tiny.dense_rows(name, rows)
+    assert torch.equal(out[:, : -tiny.NEW], prompt["input_ids"])
+    assert tiny.answers_of(prompt, out) == tiny.dense_rows(name, rows)
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
@@ -182,7 +181,9 @@ def test_rows_end_at_different_times(name: str) -> None:
     assert torch.equal(tiny.compiled(name, *tiny.FULL).generate(**prompt, **arguments), expected)
 
 
-@pytest.mark.parametrize("extra", [{"min_new_tokens": 30}, {"exponential_decay_length_penalty": (4, 1.3)}])
+@pytest.mark.parametrize(
+    "extra", [{"min_new_tokens": 30}, {"exponential_decay_length_penalty": (4, 1.3)}]
+)
 def test_ends_with_processors(extra: dict[str, Any]) -> None:
     prompt = tiny.inputs("llava", PROMPTS["batch"])
     arguments = tiny.greedy(eos_token_id=_ends("llava", prompt, 9, 3, 12), **extra)
@@ -273,9 +274,8 @@ def _turns(name: str, dialogues: Sequence[Sequence[tiny.Row]], recipe: str) -> N
         prompts = [[*p, *d[turn]] for p, d in zip(prompts, dialogues, strict=True)]
         answers = tiny.dense_rows(name, prompts)
         prompt = tiny.inputs(name, prompts)
-        length = prompt["input_ids"].shape[1]
         out = model.generate(conversation=conversation, **prompt, **tiny.greedy())
-        assert out[:, length:].tolist() == answers, f"turn {turn + 1}"
+        assert tiny.answers_of(prompt, out) == answers, f"turn {turn + 1}"
         tokens = int(prompt["attention_mask"].sum())
         assert model.usage.cached_tokens == held, f"turn {turn + 1} reuses the last"
         assert model.usage.fed_tokens == tokens - held
@@ -295,6 +295,12 @@ DIALOGUE: list[tiny.Row] = [
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_three_turns(name: str, recipe: str) -> None:
     _turns(name, [DIALOGUE], recipe)
+
+
+def test_three_turns_about_a_long_video() -> None:
+    """The text behind it takes positions that the video's last frames have passed."""
+    video = [*words(2), Video(2, (7, 2, 4), 3.0), *words(5)]
+    _turns("qwen", [[video, [Image(2), *words(4, 2)], words(7, 3)]], "full")
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
