@@ -14,6 +14,16 @@ from sparsevila_compile.errors import UserError
 from sparsevila_compile.recipe import Recipe, load_recipe
 
 
+def _quiet_libraries() -> None:
+    """No advice and no progress bars of other libraries between our own lines."""
+    from transformers.utils import logging
+
+    from sparsevila_compile import hf
+
+    hf.quiet()
+    logging.disable_progress_bar()
+
+
 def compile_command(options: argparse.Namespace) -> int:
     """``compile RECIPE``: compile, show the report, ask."""
     recipe = load_recipe(options.recipe)
@@ -24,6 +34,7 @@ def compile_command(options: argparse.Namespace) -> int:
     from sparsevila_compile.dialogues import read_dialogues
     from sparsevila_compile.progress import observer
 
+    _quiet_libraries()
     out = display.console()
     dialogues = [] if options.no_ask else read_dialogues(recipe)
     ask = recipe.ask
@@ -159,10 +170,9 @@ def schema_command(options: argparse.Namespace) -> int:
 def run_command(options: argparse.Namespace) -> int:
     """``run ARTIFACT``: ask a compiled model, or chat with it."""
     import sparsevila_compile
-    from sparsevila_compile import hf
     from sparsevila_compile.session import open_picture
 
-    hf.quiet()
+    _quiet_libraries()
     pictures = [open_picture(name) for name in options.image]
     device = None if options.device == "auto" else options.device
     model = sparsevila_compile.load(options.artifact, device=device)

@@ -234,7 +234,7 @@ def _pass_place(index: int, item: PassItem, message: str) -> tuple[KeyPath, str]
     key, colon, rest = message.partition(": ")
     if colon and key in type(item.config).model_fields:
         return (*path, key), rest
-    return path, message.removeprefix(f"{item.name}: ")
+    return path, message.removeprefix(item.name).lstrip(": ")
 
 
 def load_recipe(path: str | Path, registry: Registry | None = None) -> Recipe:
