@@ -221,11 +221,14 @@ def _flash_kernel(
 
 
 def _blocks(rows: int, dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Block of rows, tile of keys, warps."""
-    if dtype == torch.float32:  # multiply-add units, four-byte operands: small tiles
-        return min(64, max(16, next_power_of_2(rows))), 32, 4
-    block_m = min(128, max(16, next_power_of_2(rows)))
-    return block_m, 64 if dim <= 128 else 32, 8 if block_m == 128 and dim > 64 else 4
+    """Block of rows, tile of keys, warps; within the 99 KiB of shared memory of any recent GPU."""
+    wanted = max(16, next_power_of_2(rows))
+    if dtype == torch.float32:  # multiply-add units, unrolled: small tiles, or compiling takes long
+        return min(32, wanted), 32 if dim <= 128 else 16, 4
+    if dim > 128:
+        return min(64, wanted), 32, 4
+    block_m = min(128, wanted)
+    return block_m, 64, 8 if block_m == 128 and dim > 64 else 4
 
 
 def flash_forward(

@@ -28,7 +28,6 @@ from ..triton_support import (
     triton,
 )
 
-_MAX_BLOCK_M = 64
 _MAX_SPLITS = 128
 _COMBINED_AT_ONCE = 16
 
@@ -262,8 +261,9 @@ def split_kv_forward(
     out = torch.empty((batch, rows, heads, dim), dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    block_m = min(_MAX_BLOCK_M, max(16, next_power_of_2(group * rows)))
-    block_n = 32 if q.dtype == torch.float32 or dim > 128 else 64
+    # By bytes of a row of D, for shared memory and, in float32, for the time to compile.
+    block_n = {256: 64, 512: 32, 1024: 16}[max(256, next_power_of_2(dim) * q.element_size())]
+    block_m = min(64 if block_n == 64 else 32, max(16, next_power_of_2(group * rows)))
     blocks = cdiv(group * rows, block_m)
     indexed = 0 if index is None else index.shape[2]
     tiles = cdiv(indexed, block_n) + cdiv(capacity, block_n)

@@ -55,12 +55,13 @@ def keys_of(case: Case, index: torch.Tensor, tails: list[int]) -> KeysOf:
 @pytest.mark.parametrize("slots", [0, 6])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_naive(rows: int, slots: int, index_heads: int, impl: str) -> None:
-    """Rows: plain; nothing cached; nothing new; no tail before the new tokens; all tail; full."""
+    """Rows: plain; nothing cached; nothing new; no tail before the new tokens; all tail; full; a
+    tail that starts after the first new token."""
     case = Case.random(
         CPU, torch.float64, (4, 2), 8, rows, 15,
-        lens=[10, 0, 7, 9, 5, 15], news=[rows, 1, 0, rows, rows, 1],
+        lens=[10, 0, 7, 9, 5, 15, 9], news=[rows, 1, 0, rows, rows, 1, rows],
     )  # fmt: skip
-    tails = [6, 0, 3, 9, 0, 12]
+    tails = [6, 0, 3, 9, 0, 12, 10]
     index, tail_start = random_index(case, tails, index_heads, slots)
     out = run(OP, impl, case, index, tail_start, 0.3)
     naive = naive_attention(case.q, *case.written(), keys_of(case, index, tails), 0.3)
@@ -91,7 +92,7 @@ def test_head_dims_and_groups(
     rows: int, dim: int, heads: tuple[int, int], impl: str, device: torch.device
 ) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        lens, news, tails = [130, 40], [rows, max(1, rows - 2)], [90, 40]
+        lens, news, tails = [130, 40], [rows, max(1, rows - 2)], [90, 43]
         case = Case.random(device, dtype, heads, dim, rows, 141, lens, news)
         index, tail_start = random_index(case, tails, heads[1], 40)
         check(OP, impl, case, keys_of(case, index, tails), 0.1, index, tail_start, 0.1)
