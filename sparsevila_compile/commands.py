@@ -21,7 +21,7 @@ def _quiet_libraries() -> None:
     from sparsevila_compile import hf
 
     hf.quiet()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def compile_command(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -114,16 +115,18 @@ def site_lines(sites: Iterable[Site]) -> list[str]:
 # ------------------------------------------------------------------ after compiling
 
 
-def report_table(result: Compiled) -> Table:
-    """One row a pass: what it matched, and what it changed."""
-    table = Table(title="passes", title_justify="left", title_style="bold")
-    table.add_column("pass")
-    for name in ("matches", "misses", "parameter bytes", "visual tokens", "seconds", "peak memory"):
-        table.add_column(name, justify="right")
+def report_table(result: Compiled, width: int) -> Table:
+    """One row a pass: what it matched, and what it changed; ``width`` is the terminal's."""
+    # Narrow enough for 80 columns with names of passes whole.
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1) if width >= 100 else 0, pad_edge=False)
+    table.add_column("pass", no_wrap=True)
+    least = {"matches": 7, "misses": 6, "parameter bytes": 10, "visual tokens": 8}
+    for name, chars in (least | {"seconds": 7, "peak memory": 8}).items():
+        table.add_column(name, justify="right", min_width=chars)
     for report in result.reports:
         tokens = visual_tokens(result.program) if report.stage == "prune" else ""
         table.add_row(
-            report.name + ("" if report.index is not None else " (added)"),
+            report.name + ("" if report.index is not None else " +"),
             str(len(report.matches)),
             str(report.miss_count),
             change(report.bytes_before, report.bytes_after),
@@ -149,17 +152,24 @@ def visual_tokens(program: Program) -> str:
     """Visual tokens of a picture before and after pruning; a share where its size decides."""
     prune, count = program.prune, program.layout.tokens_per_picture
     if prune is None:
-        return "" if count is None else f"{count} a picture"
+        return "" if count is None else str(count)
     if count is None:
         return f"{prune.keep_ratio:.0%} kept a {prune.budget}"
     if prune.budget == "prompt":
         return f"{prune.keep_ratio:.0%} kept a prompt"
-    return f"{count} → {keep_count(prune.keep_ratio, count)} a picture"
+    return f"{count} → {keep_count(prune.keep_ratio, count)}"
 
 
-def memory_note(device: str) -> str:
-    what = "on the GPU during the pass" if device == "cuda" else "of the process so far"
-    return f"peak memory: {what}"
+def table_notes(result: Compiled) -> str:
+    """What the table's words mean here."""
+    gpu = result.program.device.type == "cuda"
+    notes = [f"peak memory: {'on the GPU during the pass' if gpu else 'of the process so far'}"]
+    prune = result.program.prune
+    if prune is None or (prune.budget != "prompt" and result.program.layout.tokens_per_picture):
+        notes.append("visual tokens: of a picture")
+    if any(r.index is None for r in result.reports):
+        notes.append("+: added by the compiler")
+    return "; ".join(notes)
 
 
 def unfinished_lines(reports: Iterable[PassReport]) -> list[str]:
@@ -200,8 +210,8 @@ def _group_lines(head: str, group: MissGroup) -> list[str]:
 
 def show_result(out: Console, result: Compiled) -> None:
     """The table, what was left alone, and where the artifact is."""
-    out.print(report_table(result))
-    out.print(memory_note(result.program.device.type), style="dim", markup=False)
+    out.print(report_table(result, out.width))
+    out.print(table_notes(result), style="dim", markup=False)
     for line in note_lines(result.reports):
         out.print(line, markup=False)
     for line in unfinished_lines(result.reports):
