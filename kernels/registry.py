@@ -60,7 +60,9 @@ class Op:
         self, name: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]
     ) -> None:
         if not schema.split("->")[0].rstrip().endswith(f'*, str impl="{REFERENCE}")'):
-            raise ValueError(f'{name}: the schema must end its arguments in *, str impl="{REFERENCE}"')
+            raise ValueError(
+                f'{name}: the schema must end its arguments in *, str impl="{REFERENCE}"'
+            )
         if name in OPS:
             raise ValueError(f"{name} is declared twice")
         self.name = name
