@@ -267,6 +267,7 @@ def run(arguments: Sequence[str]) -> int:
 def entry_point() -> int:
     """The console script."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return run(sys.argv[1:])

@@ -75,7 +75,7 @@ def compile_command(options: argparse.Namespace) -> int:
         display.show_answers(out, answers)
         out.print()
         for line in display.summary_lines(answers, sizes):
-            out.print(line, markup=False)
+            out.print(line, markup=False, soft_wrap=True)
     where = display.near(path)
     picture = display.near(dialogues[0].path) if dialogues else "PICTURE"
     out.print(f"\nartifact: {where}", markup=False, soft_wrap=True)

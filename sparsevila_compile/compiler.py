@@ -213,7 +213,7 @@ def _load(recipe: Recipe, device: torch.device, clock: _Clock) -> tuple[Any, Any
     options = _hub_options(recipe)
     with recipe.blame("model", "path"):
         with clock("read configuration") as said:
-            config = hf.load_config(recipe.checkpoint(), **options)
+            config = _config(recipe)
             processor = hf.load_processor(recipe.checkpoint(), **options)
             said.append(str(getattr(config, "model_type", "")))
         with clock("load weights") as said:
@@ -226,6 +226,16 @@ def _load(recipe: Recipe, device: torch.device, clock: _Clock) -> tuple[Any, Any
 def _hub_options(recipe: Recipe) -> dict[str, Any]:
     section = recipe.model
     return {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+
+
+def _config(recipe: Recipe) -> Any:
+    try:
+        return hf.load_config(recipe.checkpoint(), **_hub_options(recipe))
+    except UserError as error:
+        if not recipe.is_hub_id():
+            raise
+        local = recipe.resolve(recipe.model.path)
+        raise UserError(f"no such directory ({local}), and as a hub id: {error}") from error
 
 
 def load_dense(recipe: Recipe, device: torch.device) -> Any:
@@ -251,5 +261,5 @@ def trace_empty(recipe: Recipe) -> Program:
     """
     hf.quiet()
     with recipe.blame("model", "path"):
-        config = hf.load_config(recipe.checkpoint(), **_hub_options(recipe))
+        config = _config(recipe)
         return trace(hf.empty_model(config, DTYPES[recipe.model.dtype]))

@@ -211,11 +211,11 @@ def _group_lines(head: str, group: MissGroup) -> list[str]:
 def show_result(out: Console, result: Compiled) -> None:
     """The table, what was left alone, and where the artifact is."""
     out.print(report_table(result, out.width))
-    out.print(table_notes(result), style="dim", markup=False)
+    out.print(table_notes(result), markup=False, soft_wrap=True, style="dim")
     for line in note_lines(result.reports):
-        out.print(line, markup=False)
+        out.print(line, markup=False, soft_wrap=True)
     for line in unfinished_lines(result.reports):
-        out.print(line, markup=False, style="yellow")
+        out.print(line, markup=False, soft_wrap=True, style="yellow")
 
 
 # ------------------------------------------------------------------ answers
@@ -224,7 +224,7 @@ def show_result(out: Console, result: Compiled) -> None:
 def show_answers(out: Console, answers: list[PictureAnswers]) -> None:
     """For each picture its path and, a question a row, what was answered."""
     for asked in answers:
-        out.print(f"\n{near(asked.path)}", markup=False, style="bold")
+        out.print(f"\n{near(asked.path)}", markup=False, soft_wrap=True, style="bold")
         columns = ["question", "compiled"]
         dense = any(t.dense is not None for t in asked.turns)
         reference = any(t.reference is not None for t in asked.turns)
@@ -288,16 +288,20 @@ def show_plan(out: Console, steps: list[Planned]) -> None:
         counts = "not reached" if step.error is None else "refused"
         if report is not None:
             counts = counts_text(len(report.matches), report.miss_count)
-        out.print(f"{number}. {name} (stage {step.pass_.stage}{added}): {counts}", markup=False)
+        out.print(
+            f"{number}. {name} (stage {step.pass_.stage}{added}): {counts}",
+            markup=False,
+            soft_wrap=True,
+        )
         for line in site_lines(report.matches) if report else ():
-            out.print(f"   match  {line}", markup=False)
+            out.print(f"   match  {line}", markup=False, soft_wrap=True)
         for group in report.misses if report else ():
             for line in _group_lines("  miss ", group):
-                out.print(f" {line}", markup=False)
+                out.print(f" {line}", markup=False, soft_wrap=True)
         for line in [*note_lines([report]), *fallback_lines(report)] if report else ():
-            out.print(f"   {line}", markup=False, style="dim")
+            out.print(f"   {line}", markup=False, soft_wrap=True, style="dim")
         if step.error:
-            out.print(f"   error  {step.error}", markup=False, style="red")
+            out.print(f"   error  {step.error}", markup=False, soft_wrap=True, style="red")
 
 
 def show_nodes(out: Console, looked: list[Looked]) -> None:
@@ -314,4 +318,4 @@ def show_nodes(out: Console, looked: list[Looked]) -> None:
         )
     out.print(table)
     matches = sum(n.reason is None for n in looked)
-    out.print(counts_text(matches, len(looked) - matches), markup=False)
+    out.print(counts_text(matches, len(looked) - matches), markup=False, soft_wrap=True)

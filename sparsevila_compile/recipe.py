@@ -177,10 +177,14 @@ class Recipe:
 
     def checkpoint(self) -> str:
         """``model.path`` for transformers: an absolute directory, or the hub id as it stands."""
-        path = self.model.path
-        local = self.resolve(path)
-        hub = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
-        return path if hub and not os.path.exists(local) else str(local)
+        return self.model.path if self.is_hub_id() else str(self.resolve(self.model.path))
+
+    def is_hub_id(self) -> bool:
+        """Whether ``model.path`` is ``org/name`` with no directory ``org`` here to mean instead."""
+        org, slash, name = self.model.path.partition("/")
+        if not (org and slash and name) or "/" in name or org.startswith((".", "~")):
+            return False
+        return not os.path.exists(self.resolve(org))
 
     def build(self, registry: Registry | None = None) -> list[Pass[Any]]:
         """The passes, ready to run."""

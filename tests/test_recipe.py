@@ -96,11 +96,15 @@ def test_relative_paths_start_at_the_recipe(
     assert resolved["ask"]["pictures"][0]["image"] == str(tmp_path / "sub" / "0.png")
 
 
-def test_hub_ids_stay_as_they_are_unless_a_directory_is_there(tmp_path: Path) -> None:
+def test_what_is_a_hub_id(tmp_path: Path) -> None:
     text = replaced("path: checkpoint", "path: org/name")
-    assert load(tmp_path, text).checkpoint() == "org/name"
-    (tmp_path / "org" / "name").mkdir(parents=True)
+    recipe = load(tmp_path, text)
+    assert recipe.is_hub_id()
+    assert recipe.checkpoint() == "org/name"
+    (tmp_path / "org").mkdir()  # now org/name is a misspelt directory, not something to download
     assert load(tmp_path, text).checkpoint() == str(tmp_path / "org" / "name")
+    for path in ("name", "./org/name", "a/b/c", "org/", "/org/name", "~/org"):
+        assert not load(tmp_path, replaced("path: checkpoint", f"path: {path}")).is_hub_id()
 
 
 def test_the_resolved_recipe_loads_again(tmp_path: Path) -> None:
