@@ -159,7 +159,7 @@ def test_compile_reports_asks_and_says_where(work: Work) -> None:
     assert all(s.endswith(" s)") for s in stages)
 
 
-def test_a_dense_compilation_answers_as_transformers_does(work: Work) -> None:
+def test_a_dense_compilation_answers_as_transformers_does(work: Work, quick: None) -> None:
     text = RECIPE.replace("0.5", "1.0").replace("0.25", "1.0").replace("max_new_tokens: 6", "max_new_tokens: 12")  # fmt: skip
     code, out, err = work.run(work.recipe(text), "--json", "--quiet")
     assert code == 0
@@ -195,7 +195,9 @@ def test_a_dense_compilation_answers_as_transformers_does(work: Work) -> None:
 
 
 def test_figures_of_a_sparse_compilation(work: Work, quick: None) -> None:
-    code, out, _ = work.run(work.swapped("max_new_tokens: 6", "dense: false"), "--json")
+    code, out, _ = work.run(
+        work.swapped("max_new_tokens: 6", "max_new_tokens: 3\n  dense: false"), "--json"
+    )
     assert code == 0
     for asked in json.loads(out)["answers"]:
         assert (asked["visual_tokens"], asked["kept_tokens"], asked["attended_tokens"]) == (

@@ -377,7 +377,7 @@ def _check_outcome(folder: Path, data: bytes) -> None:
 
 
 QUICK = settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 
 
