@@ -46,6 +46,25 @@ ask:
 """
 
 
+_TRACED: dict[str, Program] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Trace the checkpoint once; by configuration, so that a changed one is traced anew."""
+    real = compiler.trace
+
+    def trace(model: Any) -> Program:
+        key = f"{next(model.parameters()).device.type} {model.config.to_json_string()}"
+        if key not in _TRACED:
+            _TRACED[key] = real(model)
+        return _TRACED[key].snapshot()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "trace", trace)
+        yield
+
+
 class Work:
     """A directory with a checkpoint and pictures, and the command run in it."""
 
@@ -109,23 +128,6 @@ def compiled(made: Path) -> Path:
     return made / "shared"
 
 
-_TRACED: dict[str, Program] = {}
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace the checkpoint once for all tests that are not about tracing."""
-
-    def trace(model: Any) -> Program:
-        kind = next(model.parameters()).device.type
-        if kind not in _TRACED:
-            _TRACED[kind] = real(model)
-        return _TRACED[kind].snapshot()
-
-    real = compiler.trace
-    monkeypatch.setattr(compiler, "trace", trace)
-
-
 @pytest.fixture
 def loaded(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The artifact, loaded once for all questions of a test."""
@@ -159,7 +161,7 @@ def test_compile_reports_asks_and_says_where(work: Work) -> None:
     assert all(s.endswith(" s)") for s in stages)
 
 
-def test_a_dense_compilation_answers_as_transformers_does(work: Work, quick: None) -> None:
+def test_a_dense_compilation_answers_as_transformers_does(work: Work) -> None:
     text = RECIPE.replace("0.5", "1.0").replace("0.25", "1.0").replace("max_new_tokens: 6", "max_new_tokens: 12")  # fmt: skip
     code, out, err = work.run(work.recipe(text), "--json", "--quiet")
     assert code == 0
@@ -194,7 +196,7 @@ def test_a_dense_compilation_answers_as_transformers_does(work: Work, quick: Non
     assert [a["kv_bytes"] for a in answers] == [16 * 512] * 2
 
 
-def test_figures_of_a_sparse_compilation(work: Work, quick: None) -> None:
+def test_figures_of_a_sparse_compilation(work: Work) -> None:
     code, out, _ = work.run(
         work.swapped("max_new_tokens: 6", "max_new_tokens: 3\n  dense: false"), "--json"
     )
@@ -209,7 +211,7 @@ def test_figures_of_a_sparse_compilation(work: Work, quick: None) -> None:
         assert all(t["dense"] is None for t in asked["turns"])
 
 
-def test_output_overwrite_and_no_ask(work: Work, quick: None) -> None:
+def test_output_overwrite_and_no_ask(work: Work) -> None:
     name = work.recipe()
     code, out, _ = work.run(name, "--output", "else/where", "--no-ask", "--quiet")
     assert code == 0
@@ -222,7 +224,7 @@ def test_output_overwrite_and_no_ask(work: Work, quick: None) -> None:
     assert work.run(name, "--output", "else/where", "--no-ask", "--overwrite", "--quiet")[0] == 0
 
 
-def test_dialogues_from_a_file(work: Work, quick: None) -> None:
+def test_dialogues_from_a_file(work: Work) -> None:
     lines = [
         {"image": "../0.png", "turns": [{"question": "w20", "answer": "w9", "kind": "count"}]},
         {"image": "../1.png", "turns": [{"question": "w20"}], "scene": {}},
@@ -268,14 +270,14 @@ def test_dialogues_from_a_file(work: Work, quick: None) -> None:
     ],
 )  # fmt: skip
 def test_one_line_with_its_place_and_nothing_written(
-    work: Work, quick: None, old: str, new: str, place: str, words: str
+    work: Work, old: str, new: str, place: str, words: str
 ) -> None:
     line = work.refused(work.swapped(old, new), "--no-progress")
     assert line.startswith(f"r.yaml:{place}"), line
     assert words in line
 
 
-def test_a_pass_that_matches_nothing(work: Work, quick: None, fake_passes: None) -> None:
+def test_a_pass_that_matches_nothing(work: Work, fake_passes: None) -> None:
     name = work.swapped("  - insert_kv_cache\n", "  - fake_nothing\n  - insert_kv_cache\n")
     line = work.refused(name, "--quiet")
     assert line.startswith("r.yaml:5:5 passes[1].fake_nothing: matches nothing"), line
@@ -304,7 +306,7 @@ def test_an_unsupported_model_is_refused(work: Work) -> None:
     assert "vision_feature_select_strategy" in line
 
 
-def test_a_disk_that_is_full(work: Work, quick: None) -> None:
+def test_a_disk_that_is_full(work: Work) -> None:
     name = work.recipe()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the weights are larger
@@ -319,7 +321,7 @@ def test_a_disk_that_is_full(work: Work, quick: None) -> None:
     assert not list(work.folder.rglob("*.partial"))
 
 
-def test_a_place_that_cannot_be_written(work: Work, quick: None) -> None:
+def test_a_place_that_cannot_be_written(work: Work) -> None:
     line = work.refused(work.recipe(), "--output", "/proc/made", "--quiet", "--no-ask")
     assert "--output: /proc/made: cannot" in line  # even for root
 
@@ -357,9 +359,7 @@ def fake_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PASSES, "fake_nothing", _FakeNothing)
 
 
-def test_plan_needs_no_weights_and_writes_nothing(
-    work: Work, quick: None, fake_passes: None
-) -> None:
+def test_plan_needs_no_weights_and_writes_nothing(work: Work, fake_passes: None) -> None:
     for file in (work.folder / "checkpoint").iterdir():
         if file.name != "config.json":
             file.unlink()
@@ -389,13 +389,13 @@ def test_plan_needs_no_weights_and_writes_nothing(
     assert "lower_ops (stage lower, added by the compiler): not reached" in out
 
 
-def test_plan_for_a_device_that_is_not_here(work: Work, quick: None) -> None:
+def test_plan_for_a_device_that_is_not_here(work: Work) -> None:
     code, out, _ = work.run("plan", work.swapped("device: cpu", "device: cuda"))
     assert code == 0
     assert "triton" in out  # the kernels that CUDA would get
 
 
-def test_explain_shows_every_node(work: Work, quick: None) -> None:
+def test_explain_shows_every_node(work: Work) -> None:
     name = work.recipe()
     code, out, _ = work.run("explain", name, "prune_visual_tokens")
     assert code == 0
@@ -581,9 +581,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert done.returncode == 0
 
 
-def test_an_interrupt_leaves_nothing(
-    work: Work, quick: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_leaves_nothing(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsevila_compile import artifact
 
     def interrupted(*arguments: Any) -> None:
