@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from sparsevila_compile import hf
-from sparsevila_compile.manager import run_passes
+from sparsevila_compile.manager import _run, run_passes
 from sparsevila_compile.model import CompiledModel
 from sparsevila_compile.pass_base import PASSES, Context, Pass
 from sparsevila_compile.program import Program
@@ -143,8 +143,15 @@ def _qwen_windowed() -> Any:
     )
 
 
+def _llava_two_layers() -> Any:
+    config = _llava_clip()
+    config.vision_feature_layer = [-2, -3]
+    return config
+
+
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llava": _llava_clip,
+    "llava_two_layers": _llava_two_layers,
     "llava_tied": lambda: _llava_clip(tie_word_embeddings=True),
     "llava_siglip": _llava_siglip,
     "llava_windowed": _llava_windowed,
@@ -220,6 +227,18 @@ def make_passes(*specs: Spec) -> list[Pass[Any]]:
 
 def run(program: Program, *specs: Spec) -> list[PassReport]:
     return run_passes(program, make_passes(*specs), Context())
+
+
+def step(program: Program, *specs: Spec) -> list[PassReport]:
+    """Run these passes and no others: the compiler adds none."""
+    return [_run(program, p, i, Context()) for i, p in enumerate(make_passes(*specs))]
+
+
+def at_stage(name: str, *specs: Spec) -> Program:
+    """A traced program after these passes and no others."""
+    program = traced(name)
+    step(program, *specs)
+    return program
 
 
 _COMPILED: dict[str, CompiledModel] = {}

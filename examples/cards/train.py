@@ -1,11 +1,13 @@
 """Train the card model on one GPU: `python -m examples.cards.train --out runs/cards/model`.
 
-Two stages, each with its own warm-up and cosine, on a schedule tied to wall-clock time:
+Three stages, each with its own warm-up and cosine, on a schedule tied to wall-clock time:
 
 1. the tower and projector alone (targets.py);
 2. the tower frozen, the language model and projector on dialogues. In half of the batches only a
    part of the visual tokens is given, at their original positions, so that none of them becomes a
-   place where the model keeps notes about the rest.
+   place where the model keeps notes about the rest;
+3. the same, at a lower learning rate and with the foretelling loss (foretelling.py) on the batches
+   that keep all visual tokens.
 
 The same command resumes from --state. --stop-at ends a call early; --warm-start begins from an
 exported model when the state is lost. Writes the exported model (config and bf16 weights), the
@@ -14,7 +16,6 @@ training heads and training.json to --out.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
@@ -22,7 +23,7 @@ import random
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from examples.cards import model as vlm
+from examples.cards.foretelling import foretelling_loss, make_watchable, watched
 from examples.cards.scoring import by_type, exact_turns, line
+from examples.cards.settings import Settings, parse
 from examples.cards.targets import NEIGHBOURS, NOTES, TrainingHeads, make_targets
 from examples.cards.world import VALIDATION_SEED, Samples, World, fixed_set, in_chunks
 
@@ -41,79 +44,6 @@ HEADS_FILE = "training_heads.safetensors"
 REPORT_FILE = "training.json"
 #: share of stage 2 up to which pictures have (fewest, most) cards
 CURRICULUM = ((0.05, (1, 2)), (0.12, (1, 3)), (0.22, (2, 5)), (1.0, (4, 8)))
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Training settings; each is a command-line option, described in :data:`HELP`."""
-
-    out: Path = Path("runs/cards/model")
-    state: Path = Path("runs/cards/state.pt")
-    warm_start: Path | None = None
-    minutes: float = 15.2
-    stop_at: float = 0.0
-    tower_share: float = 0.33
-    batch: int = 256
-    rounds: int = 2
-    chunk: int = 4
-    tower_lr: float = 1.5e-3
-    text_lr: float = 1.5e-3
-    warmup: int = 300
-    weight_decay: float = 0.05
-    presence: float = 2.0
-    text_alignment: float = 0.05
-    drop_share: float = 0.5
-    drop_fewest: float = 0.2
-    seed: int = 1
-    validation: int = 256
-    log_seconds: float = 20.0
-    save_seconds: float = 90.0
-    tiny: bool = False
-    device: str = ""
-
-
-HELP = {
-    "out": "folder for the exported model",
-    "state": "training state, resumed where it exists",
-    "warm_start": "exported model to begin from when no state exists",
-    "minutes": "training time over all calls",
-    "stop_at": "pause at this time, seconds since 1970; 0: no limit",
-    "tower_share": "share of the time for the tower alone",
-    "batch": "pictures a step",
-    "rounds": "dialogues a picture in stage 2",
-    "chunk": "batches drawn at a time",
-    "tower_lr": "peak learning rate of stage 1",
-    "text_lr": "peak learning rate of stage 2",
-    "warmup": "warm-up steps of each stage",
-    "weight_decay": "of matrices; embeddings, biases and norms have none",
-    "presence": "weight of the presence loss in stage 1",
-    "text_alignment": "weight of the alignment loss in stage 2",
-    "drop_share": "share of stage-2 batches with visual tokens dropped",
-    "drop_fewest": "smallest share of visual tokens such a batch keeps",
-    "seed": "seed, 1 to 4",
-    "validation": "dialogues scored at each log line",
-    "log_seconds": "seconds between log lines",
-    "save_seconds": "seconds between saved states",
-    "tiny": "a very small model, to try every code path on a CPU",
-    "device": "torch device; a GPU where there is one",
-}
-
-
-def parse(arguments: list[str] | None = None) -> Settings:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for f in fields(Settings):
-        option, text = "--" + f.name.replace("_", "-"), f"{HELP[f.name]} [{f.default}]"
-        if isinstance(f.default, bool):
-            p.add_argument(option, action="store_true", help=text)
-        else:
-            kind = Path if f.default is None else type(f.default)
-            p.add_argument(option, type=kind, default=f.default, help=text)
-    s = Settings(**vars(p.parse_args(arguments)))
-    if not 1 <= s.seed <= 4:
-        p.error("--seed must be 1 to 4: training draws must stay apart from the fixed sets")
-    return s
 
 
 def log(*what: object) -> None:
@@ -186,7 +116,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps, self.stage_steps, self.stage = state["counters"]
         self.seconds, self.history = state["seconds"], list(state["history"])
-        self._freeze_by_stage()
+        self._prepare_stage()
 
     def begin(self) -> None:
         """Resume, warm-start or start anew, and say which."""
@@ -214,24 +144,27 @@ class Trainer:
 
     def _enter_stage(self) -> float:
         """Freeze and reset at the change of stage; the share of the current stage that is over."""
-        share, p = self.settings.tower_share, self.progress()
-        stage = 1 if p < share else 2
+        s, p = self.settings, self.progress()
+        ends = (0.0, s.tower_share, 1 - s.foretell_share, 1.0)
+        stage = next(i for i in (1, 2, 3) if p < ends[i] or i == 3)
         if stage != self.stage:
             self.stage, self.stage_steps, self.queue = stage, 0, []
             log(f"stage {stage}")
-            self._freeze_by_stage()
-        return p / share if stage == 1 else (p - share) / (1 - share)
+            self._prepare_stage()
+        return (p - ends[stage - 1]) / max(ends[stage] - ends[stage - 1], 1e-9)
 
-    def _freeze_by_stage(self) -> None:
-        self.model.model.vision_tower.requires_grad_(self.stage != 2)
+    def _prepare_stage(self) -> None:
+        self.model.model.vision_tower.requires_grad_(self.stage == 1)
+        if self.stage == 3:
+            make_watchable(self.model)
 
     def _next(self, part: float) -> Samples:
         s = self.settings
         if not self.queue:
-            fewest, most = next(cards for end, cards in CURRICULUM if part <= end)
-            if self.stage == 1:
-                fewest, most = 3, 8
-            rounds = s.rounds if self.stage == 2 else 1
+            fewest, most = next(cards for end, cards in CURRICULUM if part <= end or end == 1.0)
+            if self.stage != 2:
+                fewest, most = (3, 8) if self.stage == 1 else (4, 8)
+            rounds = 1 if self.stage == 1 else s.rounds
             drawn = self.world.samples(s.batch * s.chunk, self.draws, fewest, most, rounds)
             self.queue = list(in_chunks(drawn, s.batch))
         return self.queue.pop()
@@ -242,7 +175,7 @@ class Trainer:
 
     def _see(self, batch: Samples) -> tuple[Tensor, Tensor, Tensor]:
         """Features, pooled class token, visual tokens; no gradients to a frozen tower."""
-        frozen = torch.no_grad() if self.stage == 2 else contextlib.nullcontext()
+        frozen = torch.no_grad() if self.stage != 1 else contextlib.nullcontext()
         with frozen:
             features, pooled = vlm.see(self.model, vlm.normalised(batch.pictures))
         return features, pooled, vlm.project(self.model, features)
@@ -275,17 +208,22 @@ class Trainer:
             words = self.model.get_input_embeddings().weight
             alignment, _ = self.heads.alignment(visual, words, targets.notes)
             kept = self._kept(batch.covered)
-            logits = vlm.text_logits(self.model, visual, talk.text, kept, dtype=torch.bfloat16)
+            foretelling = self.stage == 3 and kept is None
+            with watched() if foretelling else contextlib.nullcontext([]) as layers:
+                logits = vlm.text_logits(self.model, visual, talk.text, kept, dtype=torch.bfloat16)
         loss = F.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), talk.text[:, 1:].flatten(), reduction="none"
         )
         asked = talk.is_answer[:, 1:].flatten()
-        return (loss * asked).sum() / asked.sum() + self.settings.text_alignment * alignment
+        total = (loss * asked).sum() / asked.sum() + self.settings.text_alignment * alignment
+        if foretelling:
+            total = total + self.settings.foretell * foretelling_loss(layers, talk)
+        return total
 
     def step(self) -> tuple[Tensor, float]:
         """One update; the loss and the learning rate."""
         s, part = self.settings, self._enter_stage()
-        peak = s.tower_lr if self.stage == 1 else s.text_lr
+        peak = (s.tower_lr, s.text_lr, s.foretell_lr)[self.stage - 1]
         fall = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * part))
         lr = peak * fall * min(1.0, (self.stage_steps + 1) / s.warmup)
         for group in self.optimizer.param_groups:
@@ -303,7 +241,7 @@ class Trainer:
     # ------------------------------------------------------------------ watching
     @torch.no_grad()
     def validate(self, fixed: Samples) -> str:
-        """Stage 1: share of right notes and of right presence; stage 2: turn accuracy by type."""
+        """Stage 1: share of right notes and of right presence; then turn accuracy by type."""
         self.model.eval()
         targets = make_targets(fixed)
         with self._amp():
@@ -311,7 +249,9 @@ class Trainer:
             words = self.model.get_input_embeddings().weight
             _, right = self.heads.alignment(visual, words, targets.notes)
             found = self.heads.presence(pooled) > 0
-            logits = vlm.text_logits(self.model, visual, fixed.dialogues.text, dtype=torch.bfloat16)
+            with watched() as layers:
+                talk = fixed.dialogues
+                logits = vlm.text_logits(self.model, visual, talk.text, dtype=torch.bfloat16)
         self.model.train()
         notes = dict(zip(NOTES, (100 * right).tolist(), strict=True))
         notes["neighbours"] = sum(notes.pop(k) for k in NEIGHBOURS) / 4
@@ -320,7 +260,10 @@ class Trainer:
             missed = (found != (targets.presence > 0.5)).float().mean().item()
             return f"presence wrong {100 * missed:.1f} % | notes right: {told}"
         scores = by_type(exact_turns(logits, fixed.dialogues), fixed.dialogues)
-        return f"turns right: {line(scores)} | neighbours {notes['neighbours']:.0f}"
+        report = f"turns right: {line(scores)} | neighbours {notes['neighbours']:.0f}"
+        if self.stage == 3:
+            report += f" | foretelling {foretelling_loss(layers, talk).item():.3f}"
+        return report
 
     def train(self) -> bool:
         """Train until the schedule or this call ends; True when the schedule is over."""
@@ -396,7 +339,7 @@ class Trainer:
 
 
 def main(arguments: list[str] | None = None) -> bool:
-    settings = parse(arguments)
+    settings = parse(arguments, __doc__)
     torch.set_float32_matmul_precision("high")
     trainer = Trainer(settings)
     trainer.begin()

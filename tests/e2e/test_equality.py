@@ -70,10 +70,12 @@ def test_greedy_video(recipe: str, kind: str) -> None:
     _same_as_transformers("qwen", RECIPES[recipe], VIDEOS[kind])
 
 
-@pytest.mark.parametrize("name", ["llava_tied", "llava_windowed", "qwen_windowed"])
+@pytest.mark.parametrize(
+    "name", ["llava_tied", "llava_two_layers", "llava_windowed", "qwen_windowed"]
+)
 @pytest.mark.parametrize("kind", ["one picture", "three pictures", "batch"])
-def test_greedy_other_text_models(name: str, kind: str) -> None:
-    """Tied embeddings; sliding-window attention in every layer and in one of them."""
+def test_greedy_other_configurations(name: str, kind: str) -> None:
+    """Tied embeddings; two feature layers; sliding windows in every layer and in one of them."""
     recipe = tiny.DENSE if name == "llava_windowed" else tiny.FULL
     _same_as_transformers(name, recipe, PROMPTS[kind])
 

@@ -88,6 +88,16 @@ class Case:
         return eager_attention(self.q, k_cache, v_cache, visible.to(self.q.device), scale)
 
 
+def device_for(op: Any, impl: str, device: torch.device) -> torch.device:
+    """``device``, or the CPU where an implementation is not made for it.
+
+    Only there is it ever chosen, and only there does its accuracy count.
+    """
+    implementation = op.implementations.get(impl)
+    made_for_it = implementation is None or implementation.supported(device) is None
+    return device if made_for_it else torch.device("cpu")
+
+
 def run(op: Any, impl: str, case: Case, *rest: Any) -> torch.Tensor:
     """Call the op; the caches must hold exactly the new tokens, and elsewhere what they held."""
     args = case.args()

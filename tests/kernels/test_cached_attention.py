@@ -10,7 +10,7 @@ from sparsevila_compile.kernels.attention.reference import attend
 from sparsevila_compile.kernels.cached_attention import split_kv
 from sparsevila_compile.kernels.cached_attention import triton as cached_triton
 from sparsevila_compile.kernels.cached_attention.op import OP
-from tests.kernels.caches import Case, KeysOf, check, run
+from tests.kernels.caches import Case, KeysOf, check, device_for, run
 from tests.kernels.compare import (
     assert_catches_broken,
     assert_close_to,
@@ -32,6 +32,13 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if path:
         monkeypatch.setattr(cached_triton, "_few_queries", lambda q: path == "few")
     return name
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, device: torch.device) -> torch.device:
+    """Where the implementation under test is used: ``library`` is the CPU's."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    return device_for(OP, parameters.get("impl", "triton").partition(" ")[0], device)
 
 
 def keys_of(case: Case, window: int = 0) -> KeysOf:

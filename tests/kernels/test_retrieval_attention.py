@@ -9,7 +9,7 @@ from sparsevila_compile.kernels.attention.reference import attend
 from sparsevila_compile.kernels.cached_attention import split_kv
 from sparsevila_compile.kernels.cached_attention.op import OP as CACHED
 from sparsevila_compile.kernels.retrieval_attention.op import OP
-from tests.kernels.caches import Case, KeysOf, check, run
+from tests.kernels.caches import Case, KeysOf, check, device_for, run
 from tests.kernels.compare import (
     assert_catches_broken,
     assert_close_to,
@@ -21,6 +21,13 @@ from tests.kernels.compare import (
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, device: torch.device) -> torch.device:
+    """Where the implementation under test is used: ``library`` is the CPU's."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    return device_for(OP, parameters.get("impl", "triton"), device)
 
 
 def random_index(
