@@ -1,0 +1,26 @@
+"""Everything this package takes from transformers that is not plain public API."""
+
+from .checkpoints import (
+    empty_model,
+    load_config,
+    load_model,
+    load_processor,
+    quiet,
+)
+from .runtime import GenerationTools, RopeIndex, host_vision_inputs
+from .tracing import TRACE_ATTENTION, base_model, part, traceable_attention
+
+__all__ = [
+    "TRACE_ATTENTION",
+    "GenerationTools",
+    "RopeIndex",
+    "base_model",
+    "empty_model",
+    "host_vision_inputs",
+    "load_config",
+    "load_model",
+    "load_processor",
+    "part",
+    "quiet",
+    "traceable_attention",
+]
