@@ -6,6 +6,7 @@ the file is evaluated, imported or unpickled, and names are replaced by our own.
 
 from __future__ import annotations
 
+import keyword
 import math
 from typing import Any
 
@@ -145,6 +146,11 @@ def component_to_json(component: Component) -> dict[str, Any]:
     return {"name": component.name, "nodes": nodes, "outputs": results}
 
 
+def _is_name(name: str) -> bool:
+    """Whether a parameter of the generated function can be called that."""
+    return name.isidentifier() and not keyword.iskeyword(name) and name != "self"
+
+
 def component_from_json(data: dict[str, Any], device: torch.device) -> Component:
     """Rebuild a component; constants that name a device get ``device``.
 
@@ -158,15 +164,15 @@ def component_from_json(data: dict[str, Any], device: torch.device) -> Component
         if not isinstance(target, str):
             raise ValueError(f"unknown target {target!r}")
         if op == "placeholder":
-            if not target.isidentifier():
-                raise ValueError(f"{target!r} is no input name")
+            if not _is_name(target) or any(n.target == target for n in graph.nodes):
+                raise ValueError(f"{target!r} is no input name, or one twice")
             node = graph.placeholder(target)
         elif op == "get_attr":
             node = graph.create_node("get_attr", target)
         elif op == "call_function":
             args = tuple(_read(a, nodes, device) for a in entry["args"])
             kwargs = {k: _read(v, nodes, device) for k, v in entry.get("kwargs", {}).items()}
-            if any(not k.isidentifier() for k in kwargs):
+            if not all(_is_name(k) for k in kwargs):
                 raise ValueError(f"bad keyword in {sorted(kwargs)}")
             node = graph.call_function(_target(target), args, kwargs)
         else:

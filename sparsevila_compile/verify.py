@@ -60,8 +60,9 @@ def verify(program: Program) -> None:
     """Raise GraphError where a graph breaks a rule.
 
     The rules: the graph lints; only ops of known namespaces and arithmetic are called; every node
-    carries its value; weights named exist; outputs are tensors of the declared names; from the
-    cache stage on, no causal attention without a cache is left in the language component.
+    carries its value; weights named exist, of that shape and dtype; outputs are tensors of the
+    declared names; from the cache stage on, no causal attention without a cache is left in the
+    language component.
     """
     for component in program.components.values():
         _verify_component(component, program)
@@ -95,7 +96,10 @@ def _verify_component(component: Component, program: Program) -> None:
             if node.target not in program.weights:
                 raise GraphError(f"{where}/{node.name}: no weight {node.target}")
             held = program.weights[str(node.target)]
-            if tuple(held.shape) != tuple(node.meta["val"].shape):
+            known = node.meta["val"]
+            if tuple(held.shape) != tuple(known.shape):
                 raise GraphError(f"{where}/{node.name}: the weight's shape is {tuple(held.shape)}")
+            if held.dtype != known.dtype:
+                raise GraphError(f"{where}/{node.name}: the weight's dtype is {held.dtype}")
         if "val" not in node.meta and len(node.users):
             raise GraphError(f"{where}/{node.name} carries no value metadata")
