@@ -44,6 +44,11 @@ class Case:
         out = self.x.double() @ self.weight.T
         return out if self.bias is None else out + self.bias.double()
 
+    def terms(self) -> torch.Tensor:
+        """Sum of the sizes of the terms of each output, float64: the scale of its rounding error."""
+        sizes = self.x.double().abs() @ self.weight.abs().T
+        return sizes if self.bias is None else sizes + self.bias.double().abs()
+
     def eager(self) -> torch.Tensor:
         """What the same linear gives in x's dtype, its weight rounded to that dtype."""
         return torch.nn.functional.linear(self.x, self.weight.to(self.x.dtype), self.bias)
@@ -77,6 +82,25 @@ def make_case(
         bias=torch.randn(outputs, **on).to(dtype) if bias else None,
         group_size=group_size,
         weight=centered * scales.double().repeat_interleave(group_size, 1),
+    )
+
+
+def assert_sums_right(out: torch.Tensor, case: Case) -> None:
+    """Each output is its float32 sum, rounded once to x's dtype.
+
+    A sum errs with the size of its terms: where they cancel, its own size says nothing. Allowed are
+    four roundings of the terms in float32, and one of the result (half a unit, doubled).
+    """
+    exact = case.exact()
+    assert out.shape == exact.shape
+    allowed = 4 * torch.finfo(torch.float32).eps * case.terms()
+    if out.dtype != torch.float32:
+        allowed += torch.finfo(out.dtype).eps * exact.abs()
+    off = (out.double() - exact).abs()
+    wrong = ~(off <= allowed)  # NaN is wrong
+    worst = float((off / allowed.clamp_min(1e-300)).max())
+    assert not wrong.any(), (
+        f"{int(wrong.sum())} of {wrong.numel()} off by up to {worst:.3g} x allowed"
     )
 
 
@@ -238,16 +262,22 @@ def _kernels_run(request: pytest.FixtureRequest) -> None:
         assert reason is None, reason
 
 
+ENOUGH = 32
+"""Outputs from which on their overall size cannot be one that cancelled."""
+
+
 def check_triton(case: Case) -> None:
-    """Twice as far from float64 as eager code is, and as far again for small sums; repeatable."""
+    """Every sum right; all together at most twice as far off as eager code; repeatable."""
     out = OP.overload(*case.args, impl="triton")
     exact = case.exact()
     assert out.dtype == case.x.dtype
-    assert out.shape == exact.shape
     assert out.is_contiguous()
-    bound = bound_from(case.eager(), exact)
-    assert_close_to(out, exact, bound, "triton against float64")
-    assert_close_to(out, OP.overload(*case.args), bound, "triton against the reference")
+    assert_sums_right(out, case)
+    if out.numel() >= ENOUGH:
+        bound = bound_from(case.eager(), exact)
+        assert_close_to(out, exact, bound, "triton against float64", rows=False)
+        reference = OP.overload(*case.args)
+        assert_close_to(out, reference, bound, "triton against the reference", rows=False)
     assert torch.equal(out, OP.overload(*case.args, impl="triton")), "differs from run to run"
 
 
@@ -319,6 +349,35 @@ def test_triton_strides(tokens: int, device: torch.device) -> None:
             weight=case.weight[::2],
         )
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "outputs", "channels"), [(5, 1, 64), (1, 1, 128), (20, 40, 256)])
+def test_triton_broken_sums_are_caught(
+    rows: int, outputs: int, channels: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """However few the outputs; the same check passes a result that is right."""
+    case = make_case((rows, channels), outputs, 32, dtype, device=device)
+    out = OP.overload(*case.args, impl="triton")
+    assert_sums_right(out, case)
+    loudest = int(case.x.abs().sum(0).argmax())
+    one_code = case.x[:, loudest, None].double() * case.scales[:, loudest // 32].double()
+    without_end = case.x.clone()
+    without_end[:, -32:] = 0
+    hole = out.clone()
+    hole.view(-1)[-1] = float("nan")
+    broken = {
+        "zeros": torch.zeros_like(out),
+        "last row zero": torch.cat([out[:-1], torch.zeros_like(out[-1:])]),
+        "no last group": replace(case, x=without_end).exact().to(dtype),
+        "no bias": replace(case, bias=None).exact().to(dtype),
+        "one code off": (case.exact() + one_code).to(dtype),
+        "one NaN": hole,
+    }
+    for name, wrong in broken.items():
+        print(name)  # shown where it passes
+        with pytest.raises(AssertionError):
+            assert_sums_right(wrong, case)
 
 
 @pytest.mark.parametrize("rows", [2, 20])
