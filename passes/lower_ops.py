@@ -44,6 +44,10 @@ class LowerOps(Pass[LowerOpsConfig]):
     config_type = LowerOpsConfig
 
     def requires(self, program: Program) -> None:
+        if not program.caches:
+            raise UserError(
+                "the language model has no KV cache to answer with; list insert_kv_cache"
+            )
         for op, name in self.config.implementations.items():
             if op not in OPS:
                 raise UserError(

@@ -112,15 +112,20 @@ def look(program: Program, pass_: Pass[Any]) -> tuple[list[Match], list[Miss]]:
 
 def _run(program: Program, pass_: Pass[Any], index: int | None, context: Context) -> PassReport:
     snapshot = program.snapshot()
-    before = fingerprint(program)
     nodes, size = program.node_count(), program.weight_bytes()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     context.notes = {}
     try:
+        if STAGES.index(pass_.stage) < STAGES.index(program.stage):
+            raise UserError(
+                f"{pass_.name} (stage {pass_.stage}) comes too late: the program is at stage "
+                f"{program.stage}; trace it anew"
+            )
         if STAGES.index(pass_.stage) > STAGES.index("prune"):
             drop_taps(program)
+        before = fingerprint(program)
         matches, misses = look(program, pass_)
         # Before rewriting: a rewrite may erase the node that a site is named after.
         sites = tuple(m.site() for m in matches)

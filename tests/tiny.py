@@ -217,9 +217,12 @@ def traced(name: str) -> Program:
 # ---------------------------------------------------------------------- compiling
 
 
-def make_passes(*specs: Spec) -> list[Pass[Any]]:
-    found = []
+def make_passes(*specs: Spec | Pass[Any]) -> list[Pass[Any]]:
+    found: list[Pass[Any]] = []
     for spec in specs:
+        if isinstance(spec, Pass):
+            found.append(spec)
+            continue
         name, options = (spec, {}) if isinstance(spec, str) else spec
         found.append(PASSES[name](PASSES[name].config_type(**options)))
     return found
@@ -229,7 +232,7 @@ def run(program: Program, *specs: Spec) -> list[PassReport]:
     return run_passes(program, make_passes(*specs), Context())
 
 
-def step(program: Program, *specs: Spec) -> list[PassReport]:
+def step(program: Program, *specs: Spec | Pass[Any]) -> list[PassReport]:
     """Run these passes and no others: the compiler adds none."""
     return [_run(program, p, i, Context()) for i, p in enumerate(make_passes(*specs))]
 
