@@ -1,7 +1,7 @@
 """Write the example's data: `python -m examples.cards.make_data`.
 
-- quickstart/: the first four pictures of the held-out set and dialogues.jsonl, a line
-  {"image": FILE, "turns": [{"question": ..., "answer": ...}, ...]} each;
+- quickstart/: four held-out pictures whose dialogues together ask every type of question, and
+  dialogues.jsonl, a line {"image": FILE, "turns": [{"question": ..., "answer": ...}, ...]} each;
 - calibration/: 32 pictures that are neither trained nor scored on and conversations.jsonl, a line
   {"image": FILE, "messages": [chat messages]} each.
 
@@ -48,6 +48,18 @@ def picture(samples: Samples, i: int) -> Image.Image:
     return Image.fromarray(samples.pictures[i].permute(1, 2, 0).contiguous().numpy())
 
 
+def varied(samples: Samples, count: int) -> Samples:
+    """`count` samples, each the first of those that ask most types not asked before."""
+    asked: set[int] = set()
+    kinds = {i: set(row) for i, row in enumerate(samples.dialogues.kind.tolist())}
+    chosen: list[Samples] = []
+    for _ in range(count):
+        i = max(kinds, key=lambda j: len(kinds[j] - asked))
+        asked |= kinds.pop(i)
+        chosen.append(samples[i : i + 1])
+    return Samples.cat(chosen)
+
+
 def write_set(folder: Path, file: str, samples: Samples, entries: list[dict[str, Any]]) -> None:
     """Pictures, then the file that names them, written beside its place and moved there."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--out", type=Path, default=HERE, help="where the folders go [%(default)s]")
     out = p.parse_args(arguments).out
     cpu = torch.device("cpu")
-    held_out = fixed_set(QUICKSTART, HELD_OUT_SEED, cpu)
+    held_out = varied(fixed_set(50, HELD_OUT_SEED, cpu), QUICKSTART)
     asked = [
         {"image": f"{i}.png", "turns": turns(held_out.dialogues, i)} for i in range(QUICKSTART)
     ]
