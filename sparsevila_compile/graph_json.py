@@ -181,6 +181,8 @@ def component_from_json(data: dict[str, Any], device: torch.device) -> Component
             node.meta["module_path"] = str(path)
         nodes[entry["name"]] = node
     outputs = data["outputs"]
+    if not outputs:
+        raise ValueError("a graph without outputs")
     graph.output(tuple(nodes[o["node"]] for o in outputs))
     graph.lint()
     return Component(str(data["name"]), graph, tuple(str(o["name"]) for o in outputs))

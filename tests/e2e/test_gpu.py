@@ -26,7 +26,7 @@ PROMPTS: dict[str, list[tiny.Row]] = {
 
 def _compiled(name: str, *specs: tiny.Spec) -> tuple[Any, CompiledModel, set[str]]:
     """transformers' model and the compiled one, both on the GPU, and the kernels bound."""
-    model = tiny.build(name, "cuda")
+    model = tiny.build(name).to("cuda")
     program = trace(model)
     reports = tiny.run(program, *specs)
     bound = {f"{k.split('/')[0]}: {v}" for k, v in reports[-1].implementations.items()}
@@ -80,11 +80,11 @@ def test_conversation_on_gpu() -> None:
 
 def test_bfloat16_stays_close() -> None:
     """bf16 logits of the compiled model are as far from fp32 as transformers' own bf16 logits."""
-    exact = tiny.build("llava", "cuda")
+    exact = tiny.build("llava").to("cuda")
     prompt = {k: v.cuda() for k, v in tiny.inputs("llava", PROMPTS["one"]).items()}
     with torch.no_grad():
         reference = exact(**prompt).logits[:, -1].float()
-        half = tiny.build("llava", "cuda").to(torch.bfloat16)
+        half = tiny.build("llava").to("cuda").to(torch.bfloat16)
         eager = half(**prompt).logits[:, -1].float()
         program = trace(half)
     tiny.run(program, *tiny.FULL)
