@@ -202,7 +202,7 @@ class Trainer:
         return score.topk(count, 1).indices.sort(1).values
 
     def _text_loss(self, batch: Samples) -> Tensor:
-        targets, talk = make_targets(batch), batch.dialogues
+        targets, talk = make_targets(batch), batch.dialogues.trimmed()
         with self._amp():
             _, _, visual = self._see(batch)
             words = self.model.get_input_embeddings().weight

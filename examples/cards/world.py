@@ -10,7 +10,7 @@ same on every machine.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +99,12 @@ class Dialogues(Batch):
     turn: Tensor  # int64 [n, TEXT]; -1 on padding
     kind: Tensor  # int64 [n, turns], index into TYPES
     answer_tokens: Tensor  # int64 [n, turns], without </s>
+
+    def trimmed(self) -> Dialogues:
+        """The same without the columns that are padding in every row."""
+        used = int((self.turn >= 0).sum(1).max())
+        cut = {k: getattr(self, k)[:, :used] for k in ("text", "is_answer", "turn")}
+        return replace(self, **cut)
 
     def turn_ids(self, i: int, turn: int, answer: bool) -> list[int]:
         """Token ids of one question, or of one answer without its </s>."""
