@@ -68,7 +68,8 @@ class Trainer:
         )
         heads = TrainingHeads(self.sizes["tower_width"], self.sizes["text_width"])
         self.heads = heads.to(self.device)
-        decayed, plain = [], []
+        decayed: list[Tensor] = []
+        plain: list[Tensor] = []
         for module in (self.model, self.heads):
             for key, p in module.named_parameters():
                 (decayed if p.ndim >= 2 and "embed" not in key else plain).append(p)
@@ -87,6 +88,7 @@ class Trainer:
         self.steps = self.stage_steps = self.stage = 0
         self.seconds = 0.0  # of training, over all calls
         self.history: list[str] = []
+        self.runs: list[dict[str, Any]] = []  # the calls before this one
 
     # ------------------------------------------------------------------ state
     def state(self) -> dict[str, Any]:
@@ -98,6 +100,21 @@ class Trainer:
             "counters": [self.steps, self.stage_steps, self.stage],
             "seconds": self.seconds,
             "history": self.history,
+            "runs": [*self.runs, self._run()],
+        }
+
+    def _run(self) -> dict[str, Any]:
+        """This call: how far it came, where, and with which settings."""
+        settings = {
+            k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.settings).items()
+        }
+        on = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        return {
+            "seconds": round(self.seconds, 1),
+            "steps": self.steps,
+            "device": on,
+            "torch": str(torch.__version__),
+            "settings": settings,
         }
 
     def save(self) -> None:
@@ -122,7 +139,9 @@ class Trainer:
         """Resume, warm-start or start anew, and say which."""
         s = self.settings
         if s.state.exists():
-            self.restore(torch.load(s.state, map_location=self.device, weights_only=True))
+            state = torch.load(s.state, map_location=self.device, weights_only=True)
+            self.restore(state)
+            self.runs = state["runs"]
             log(f"resumed {s.state}: step {self.steps}, {self.seconds:.0f} s of training done")
         elif s.warm_start is not None:
             started = vlm.load(s.warm_start, self.device, torch.float32)
@@ -130,7 +149,7 @@ class Trainer:
             self.heads.load_state_dict(load_file(s.warm_start / HEADS_FILE, str(self.device)))
             report = json.loads((s.warm_start / REPORT_FILE).read_text())
             self.seconds, self.steps = report["seconds"], report["steps"]
-            self.history = report["history"]
+            self.history, self.runs = report["history"], report["runs"]
             log(f"warm start from {s.warm_start}: {self.seconds:.0f} s of training done")
         else:
             log("starting anew")
@@ -322,17 +341,11 @@ class Trainer:
         vlm.export(self.model, out)
         heads = {k: v.detach().cpu().contiguous() for k, v in self.heads.state_dict().items()}
         save_file(heads, out / HEADS_FILE)
-        settings = {
-            k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.settings).items()
-        }
-        on = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         report = {
             "finished": done,
             "seconds": round(self.seconds, 1),
             "steps": self.steps,
-            "device": on,
-            "torch": torch.__version__,
-            "settings": settings,
+            "runs": [*self.runs, self._run()],
             "history": self.history,
         }
         vlm.write_json(out / REPORT_FILE, report)

@@ -88,8 +88,13 @@ def test_a_state_resumes(tmp_path: Path) -> None:
     old, new = (t.optimizer.state_dict()["state"] for t in (first, second))
     assert old.keys() == new.keys()
     assert old, "the optimizer has no state"
+    assert [run["steps"] for run in second.runs] == [1]
     second.step()
     assert second.steps == 2
+    second.save()
+    third = toy_trainer(tmp_path)
+    third.begin()
+    assert [run["steps"] for run in third.runs] == [1, 2]
 
 
 def test_a_state_of_other_sizes_is_refused(tmp_path: Path) -> None:
