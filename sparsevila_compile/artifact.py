@@ -1,8 +1,8 @@
 """The module artifact: a directory of JSON graphs, safetensors, configuration and processor.
 
 It is written beside its place and moved there when complete, so a kill leaves the old artifact or
-none. Every file's size and SHA-256 stand in the manifest; loading checks them and names the file
-that is damaged. Nothing in it is unpickled or executed.
+none. Every file's size and SHA-256 stand in the manifest, and the manifest's own; loading checks
+them and names the file that is damaged. Nothing in it is unpickled or executed.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +36,7 @@ from sparsevila_compile.program import (
     VisionLayout,
 )
 from sparsevila_compile.report import PassReport
+from sparsevila_compile.staging import staged
 
 FORMAT = 1
 MANIFEST = "artifact.json"
@@ -101,41 +100,16 @@ def save(
         raise UserError(
             f"{target}: the program is at stage {program.stage}; only a lowered one runs"
         )
-    staging: Path | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(
-            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-        )
-        _write_files(program, processor, reports, recipe, staging, generation_config)
-        staging.chmod(0o755)
-        _swap(staging, target)
+        with staged(target) as folder:
+            _write_files(program, processor, reports, recipe, folder, generation_config)
     except OSError as error:
         raise UserError(
             f"{target}: cannot write the artifact: {error.strerror or error}"
         ) from error
     except safetensors.SafetensorError as error:
         raise UserError(f"{target}: cannot write the weights: {error}") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
     return target
-
-
-def _swap(staging: Path, target: Path) -> None:
-    old: Path | None = None
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-        os.rename(target, old / "artifact")
-    try:
-        os.rename(staging, target)
-    except OSError:
-        if old is not None:
-            os.rename(old / "artifact", target)
-        raise
-    finally:
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_files(
@@ -164,7 +138,8 @@ def _write_files(
         for f in sorted(folder.rglob("*"))
         if f.is_file()
     }
-    put(MANIFEST, {**_manifest(program), "aliases": aliases, "weights": shards, "files": files})
+    manifest = {**_manifest(program), "aliases": aliases, "weights": shards, "files": files}
+    put(MANIFEST, {**manifest, "sha256": _own_sha256(manifest)})
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as handle:
@@ -232,6 +207,11 @@ def versions() -> dict[str, str]:
     }
 
 
+def _own_sha256(manifest: dict[str, Any]) -> str:
+    rest = {k: v for k, v in manifest.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
@@ -261,13 +241,15 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{file}: artifact format {manifest.get('format')!r}; this version reads {FORMAT}; compile again"
         )
+    if manifest.get("sha256") != _own_sha256(manifest):
+        raise UserError(f"{file}: damaged: its contents are not what was written; compile again")
     return manifest
 
 
 def _json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: damaged: {error}; compile again") from error
 
 
@@ -307,6 +289,8 @@ def load_program(path: str | Path, device: torch.device | None = None) -> Progra
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     made_for = str(manifest.get("device"))
+    if made_for not in ("cpu", "cuda"):
+        raise UserError(f"{folder / MANIFEST}: damaged: unknown device {made_for!r}; compile again")
     where = device or torch.device(made_for)
     if where.type != made_for:
         raise UserError(
@@ -319,9 +303,11 @@ def load_program(path: str | Path, device: torch.device | None = None) -> Progra
     import sparsevila_compile.ops  # noqa: F401  (declares the canonical ops)
 
     try:
+        graphs = {name: f"graphs/{name}.json" for name in manifest["components"]}
+        for name in sorted({*graphs.values(), *manifest["weights"]} - set(manifest["files"])):
+            raise UserError(f"{folder / MANIFEST}: damaged: it does not list {name}; compile again")
         components = {}
-        for name in manifest["components"]:
-            file = folder / "graphs" / f"{name}.json"
+        for name, file in ((n, folder / f) for n, f in graphs.items()):
             try:
                 components[name] = component_from_json(_json(file), where)
             except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -129,7 +129,13 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Compiled
     from transformers import GenerationConfig
 
     folder = Path(path)
-    program = artifact.load_program(folder, torch.device(device) if device else None)
+    try:
+        where = torch.device(device) if device else None
+    except RuntimeError as error:
+        raise UserError(
+            f"device {device!r} is not one that torch knows; take cpu or cuda"
+        ) from error
+    program = artifact.load_program(folder, where)
     processor = hf.load_processor(str(folder / "processor"))
     defaults = None
     if (folder / "generation_config.json").is_file():
