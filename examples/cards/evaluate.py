@@ -25,9 +25,22 @@ from examples.cards.world import HELD_OUT_SEED, Samples, fixed_set, in_chunks
 LONGEST_ANSWER = 10  # tokens; one more than any true answer with its </s>
 
 
-def working_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU; float32 on a CPU, where it is faster."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def add_arguments(p: argparse.ArgumentParser, dialogues: int, report: str) -> None:
+    """The options that this command shares with the sparsity study."""
+    p.add_argument("--model", type=Path, required=True, help="folder of the exported model")
+    p.add_argument("--dialogues", type=int, default=dialogues, help=f"held-out ones [{dialogues}]")
+    p.add_argument("--seed", type=int, default=HELD_OUT_SEED, help=f"their seed [{HELD_OUT_SEED}]")
+    p.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    p.add_argument("--out", type=Path, help=f"report [MODEL/{report}]")
+
+
+def load_subject(a: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, Samples]:
+    """Model and held-out dialogues that the shared options name."""
+    device = torch.device(a.device)
+    samples = fixed_set(a.dialogues, a.seed, device)
+    samples.dialogues = samples.dialogues.trimmed()
+    return vlm.load(a.model, device, getattr(torch, a.dtype)), samples
 
 
 @torch.inference_mode()
@@ -96,16 +109,11 @@ def evaluate(model: LlavaForConditionalGeneration, samples: Samples) -> dict[str
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--model", type=Path, required=True, help="folder of the exported model")
-    p.add_argument("--dialogues", type=int, default=1000, help="held-out dialogues [1000]")
-    p.add_argument("--seed", type=int, default=HELD_OUT_SEED, help=f"their seed [{HELD_OUT_SEED}]")
-    p.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--out", type=Path, help="report [MODEL/evaluation.json]")
+    add_arguments(p, 1000, "evaluation.json")
     a = p.parse_args(arguments)
-    began, device = time.monotonic(), torch.device(a.device)
-    model = vlm.load(a.model, device, working_dtype(device))
-    report = evaluate(model, fixed_set(a.dialogues, a.seed, device))
-    report |= {"seed": a.seed, "device": str(device), "dtype": str(model.dtype)}
+    began = time.monotonic()
+    report = evaluate(*load_subject(a))
+    report |= {"seed": a.seed, "device": a.device, "dtype": a.dtype}
     report["seconds"] = round(time.monotonic() - began, 1)
     vlm.write_json(a.out or a.model / "evaluation.json", report)
     print("teacher forced:", line(report["teacher_forced"]), flush=True)

@@ -5,7 +5,7 @@ them. In a large model these are about the tokens that the answer's rows look at
 reason for it, since the question's rows need not look anything up before the answer begins ("name
 the colour of card B ." is followed by "it is", whatever the picture). This loss gives the reason:
 in each layer, the divergence of the question rows' mean attention to the visual tokens from that of
-the rows that give an answer's second and later tokens, which is held fixed.
+the rows that decode an answer's second and later tokens and its end, which is held fixed.
 """
 
 from __future__ import annotations
@@ -76,13 +76,12 @@ def foretelling_loss(layers: list[Tensor], talk: Dialogues) -> Tensor:
     """Mean divergence over layers and turns, in nats.
 
     A turn counts by the share of attention that its answer's rows pay to visual tokens: where they
-    pay none there is nothing to foretell. Turns with answers of one token count nothing.
+    pay none there is nothing to foretell.
     """
     turns = torch.arange(talk.kind.shape[1], device=talk.text.device)
     here = talk.turn[:, None, :] == turns[:, None]
     asking = (here & ~talk.is_answer[:, None]).float()
-    gives = F.pad(talk.is_answer[:, 1:] & (talk.text[:, 1:] != EOS), (0, 1))
-    giving = (here & (talk.is_answer & gives)[:, None]).float()
+    giving = (here & (talk.is_answer & (talk.text != EOS))[:, None]).float()
     total = layers[0].new_zeros(())
     for weights in layers:
         answer = (giving @ weights).detach()

@@ -138,15 +138,15 @@ def text_logits(
     return model.lm_head(out.last_hidden_state[:, -t:])
 
 
-def export(model: LlavaForConditionalGeneration, folder: Path) -> None:
-    """Write config and bf16 weights in safetensors shards of at most 14 MB."""
+def export(model: LlavaForConditionalGeneration, folder: Path, shard: str = "14MB") -> None:
+    """Write config and bf16 weights in safetensors shards of at most `shard`."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
         old.unlink()
     copy = LlavaForConditionalGeneration._from_config(model.config).to(torch.bfloat16)
     copy.generation_config = model.generation_config
     copy.load_state_dict(model.state_dict())
-    copy.save_pretrained(folder, max_shard_size="14MB")
+    copy.save_pretrained(folder, max_shard_size=shard)
     written = sorted(p.name for p in folder.iterdir())
     if not any(name.endswith(".safetensors") for name in written):
         raise RuntimeError(f"{folder}: no weights were written, only {written}")

@@ -17,7 +17,6 @@ import argparse
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,11 +25,11 @@ from torch import Tensor
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 
 from examples.cards import model as vlm
-from examples.cards.evaluate import working_dtype
+from examples.cards.evaluate import add_arguments, load_subject
 from examples.cards.render import PATCHES
 from examples.cards.scoring import by_type, exact_turns, line
 from examples.cards.vocabulary import EOS
-from examples.cards.world import HELD_OUT_SEED, Dialogues, Samples, fixed_set, in_chunks
+from examples.cards.world import Dialogues, Samples, in_chunks
 
 PRUNE_SHARES = (0.5, 0.25, 0.1)
 RETRIEVE_SHARES = (0.25, 0.1, 0.05)
@@ -186,20 +185,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--model", type=Path, required=True, help="folder of the exported model")
-    p.add_argument("--dialogues", type=int, default=500, help="held-out dialogues [500]")
+    add_arguments(p, 500, "sparsity.json")
     p.add_argument("--chunk", type=int, default=50, help="dialogues at a time [50]")
-    p.add_argument("--seed", type=int, default=HELD_OUT_SEED, help=f"their seed [{HELD_OUT_SEED}]")
-    p.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--out", type=Path, help="report [MODEL/sparsity.json]")
     a = p.parse_args(arguments)
-    began, device = time.monotonic(), torch.device(a.device)
-    model = vlm.load(a.model, device, working_dtype(device))
-    samples = fixed_set(a.dialogues, a.seed, device)
-    report = {
+    began = time.monotonic()
+    model, samples = load_subject(a)
+    report: dict[str, Any] = {
         "dialogues": len(samples),
         "seed": a.seed,
-        "device": str(device),
+        "device": a.device,
+        "dtype": a.dtype,
         "pruning": pruning(model, samples, a.chunk),
         "retrieval": retrieval(model, samples, a.chunk),
     }
