@@ -151,9 +151,9 @@ class Conversation:
         prompt = inputs["input_ids"].to(device)
         tools.special_tokens(device, len(rows))
         new_tokens = self._room(tools, prompt.shape[1])
-        logits, retrieved = self._feed(rows, query_start, new_tokens)
         processors = tools.processors(prompt, logits_processor)
         criteria = tools.criteria(stopping_criteria, tokenizer)
+        logits, retrieved = self._feed(rows, query_start, new_tokens)
         return self._loop(prompt, logits, retrieved, tools, processors, criteria, streamer)
 
     @staticmethod

@@ -108,6 +108,12 @@ def family_of(config: dict[str, Any]) -> Family:
     return family
 
 
+def patch_values(vision: dict[str, Any]) -> int:
+    """Numbers that describe one patch to a packed encoder."""
+    channels = int(vision.get("in_channels") or vision.get("in_chans") or 3)
+    return channels * int(vision["temporal_patch_size"]) * int(vision["patch_size"]) ** 2
+
+
 def layout_of(family: Family, config: dict[str, Any]) -> VisionLayout:
     """Where the visual tokens of this configuration stand in its encoder's sequence."""
     vision = config["vision_config"]

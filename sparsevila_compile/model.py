@@ -75,7 +75,7 @@ class CompiledModel:
         known = self.reader.known_inputs
         prompt = {k: v for k, v in inputs.items() if k in known}
         arguments = {k: v for k, v in inputs.items() if k not in known}
-        if not {"max_new_tokens", "max_length"} & set(arguments) and generation_config is None:
+        if not {"max_new_tokens", "max_length"} & set(arguments) and _no_length(generation_config):
             arguments["max_new_tokens"] = (
                 self.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
             )
@@ -114,6 +114,14 @@ class CompiledModel:
         from sparsevila_compile.session import Session
 
         return Session(self, system=system, evict_history=evict_history)
+
+
+def _no_length(config: Any) -> bool:
+    """Whether a GenerationConfig (or None) leaves the answer's length open."""
+    if config is None:
+        return True
+    default = type(config)().max_length
+    return config.max_new_tokens is None and config.max_length in (None, default)
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> CompiledModel:

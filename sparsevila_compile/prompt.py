@@ -17,6 +17,7 @@ from sparsevila_compile import hf
 from sparsevila_compile.errors import UserError
 from sparsevila_compile.families import Family, Modality
 from sparsevila_compile.program import Program
+from sparsevila_compile.prompt_checks import check_grid, check_ids, check_pixels, check_seconds
 
 
 @dataclass
@@ -99,41 +100,23 @@ class PromptReader:
         Raises:
             UserError: placeholders and pictures do not fit together.
         """
-        ids = inputs.get("input_ids")
-        if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.numel() == 0:
-            raise UserError("input_ids must be a tensor [batch, length] with at least one token")
-        ids = ids.cpu()
-        mask = inputs.get("attention_mask")
-        keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu().bool()
-        if keep.shape != ids.shape:
-            raise UserError(
-                f"attention_mask has the shape {tuple(keep.shape)}, input_ids {tuple(ids.shape)}"
-            )
         vocabulary = int(self.config["text_config"]["vocab_size"])
-        if int(ids.min()) < 0 or (
-            int(ids.max()) >= vocabulary and int(ids.max()) not in self.tokens
-        ):
-            raise UserError(
-                f"input_ids holds {int(ids.max())}, but the vocabulary has {vocabulary} tokens; is this another model's processor?"
-            )
-        supplies: dict[str, list[Picture]] = {m.name: self._supply(m, inputs) for m in self.family.modalities}
-        seconds = inputs.get("second_per_grid_ts")
-        seconds = None if seconds is None else torch.as_tensor(seconds).cpu()
-        video_index = 0
+        row_ids = check_ids(inputs, vocabulary, self.tokens)
+        supplies: dict[str, list[Picture]] = {
+            m.name: self._supply(m, inputs) for m in self.family.modalities
+        }
+        videos = len(supplies.get("video", ()))
+        seconds = check_seconds(inputs.get("second_per_grid_ts"), videos)
         rows = []
-        for b in range(len(ids)):
-            row_ids = ids[b][keep[b]]
-            if not len(row_ids):
-                raise UserError(f"row {b} of the batch has no tokens")
-            pictures = self._pictures(row_ids, supplies)
-            videos = sum(p.modality.name == "video" for p in pictures)
-            steps = None if seconds is None else seconds[video_index : video_index + videos]
-            video_index += videos
-            if steps is not None:
+        for ids in row_ids:
+            pictures = self._pictures(ids, supplies)
+            steps = None
+            if seconds is not None:
+                count = sum(p.modality.name == "video" for p in pictures)
+                steps, seconds = seconds[:count], seconds[count:]
                 _time(pictures, steps)
-            positions = self._positions(row_ids, pictures, steps)
-            following = int(positions[0, -1])
-            rows.append(Row(row_ids, positions[:, :-1], pictures, following))
+            positions = self._positions(ids, pictures, steps)
+            rows.append(Row(ids, positions[:, :-1], pictures, int(positions[0, -1])))
         for name, supply in supplies.items():
             if supply:
                 raise UserError(
@@ -146,35 +129,20 @@ class PromptReader:
         pixels = inputs.get(modality.pixels)
         if pixels is None:
             return []
-        pixels = pixels.detach().cpu()
+        vision = self.config["vision_config"]
+        pixels = check_pixels(modality, pixels, vision)
         parts: list[tuple[torch.Tensor, tuple[int, int, int] | None, int, int]] = []
         if modality.grid is None:
-            if pixels.ndim != 4:
-                raise UserError(
-                    f"{modality.pixels} must be [pictures, channels, height, width], not {tuple(pixels.shape)}"
-                )
-            side = int(self.config["vision_config"]["image_size"])
-            if tuple(pixels.shape[2:]) != (side, side):
-                raise UserError(
-                    f"{modality.pixels} are {tuple(pixels.shape[2:])} pixels; the encoder takes {side} × {side}"
-                )
             count = self.layout.tokens_per_picture or 0
             parts = [(pixels[i : i + 1], None, count, 1) for i in range(len(pixels))]
         else:
-            grid = inputs.get(modality.grid)
-            if grid is None:
-                raise UserError(f"{modality.pixels} came without {modality.grid}")
+            merge = int(vision["spatial_merge_size"])
             start = 0
-            for t, h, w in grid.cpu().tolist():
-                size = t * h * w
-                parts.append(
-                    (pixels[start : start + size], (t, h, w), size // self.layout.merge_unit, t)
-                )
+            for grid in check_grid(modality, inputs.get(modality.grid), len(pixels), merge):
+                size = grid[0] * grid[1] * grid[2]
+                part = pixels[start : start + size]
+                parts.append((part, grid, size // self.layout.merge_unit, grid[0]))
                 start += size
-            if start != len(pixels):
-                raise UserError(
-                    f"{modality.grid} describes {start} patches, {modality.pixels} holds {len(pixels)}"
-                )
         return [
             Picture(modality, -1, tokens, frames, part, shape, _digest(part, shape))
             for part, shape, tokens, frames in parts
@@ -208,7 +176,7 @@ class PromptReader:
         return found
 
     def _positions(
-        self, ids: torch.Tensor, pictures: list[Picture], seconds: torch.Tensor | None
+        self, ids: torch.Tensor, pictures: list[Picture], seconds: list[float] | None
     ) -> torch.Tensor:
         """Positions on the full prompt and of one text token more, as transformers numbers them.
 
@@ -228,7 +196,8 @@ class PromptReader:
             )
         image, video = (torch.tensor(grids[k]) if grids[k] else None for k in ("image", "video"))
         longer = torch.cat([ids, ids.new_zeros(1)])
-        return self._rope(longer[None], types, image, video, seconds)[:, 0]
+        steps = None if seconds is None else torch.tensor(seconds)
+        return self._rope(longer[None], types, image, video, steps)[:, 0]
 
     @staticmethod
     def _touching(pictures: list[Picture]) -> bool:
@@ -238,10 +207,10 @@ class PromptReader:
         )
 
 
-def _time(pictures: list[Picture], seconds: torch.Tensor) -> None:
+def _time(pictures: list[Picture], seconds: list[float]) -> None:
     """A video played at another speed is another video: its positions differ."""
     videos = [p for p in pictures if p.modality.name == "video"]
-    for video, step in zip(videos, seconds.tolist(), strict=True):
+    for video, step in zip(videos, seconds, strict=True):
         video.digest += repr(step).encode()
 
 

@@ -18,7 +18,7 @@ from torch.export.graph_signature import InputKind
 
 from sparsevila_compile import hf
 from sparsevila_compile.errors import GraphError, UserError
-from sparsevila_compile.families import Family, family_of, layout_of
+from sparsevila_compile.families import Family, family_of, layout_of, patch_values
 from sparsevila_compile.ops import ATTENTION
 from sparsevila_compile.program import Component, Program
 
@@ -258,9 +258,7 @@ def _trace_vision(
     # Two pictures of different sizes, each more than one window, so that nothing looks equal.
     side = merge * (int(vision["window_size"]) // int(vision["patch_size"]) // merge + 1)
     grid = torch.tensor([[1, side, side + merge], [1, side + 2 * merge, side]])
-    channels = int(vision.get("in_channels") or vision.get("in_chans") or 3)
-    values = channels * int(vision["temporal_patch_size"]) * int(vision["patch_size"]) ** 2
-    pixels = floats(int(grid.prod(1).sum()), values)
+    pixels = floats(int(grid.prod(1).sum()), patch_values(vision))
     host = hf.host_vision_inputs(config, family.precomputed, grid)
     args = (pixels, *(t.to(pixels.device) for t in host.values()))
     shapes = (one, tuple(one for _ in host))

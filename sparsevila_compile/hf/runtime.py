@@ -113,6 +113,10 @@ class GenerationTools:
             ("prompt_lookup_num_tokens", None),
             ("penalty_alpha", None),
             ("guidance_scale", None),
+            ("num_beam_groups", 1),
+            ("dola_layers", None),
+            ("assistant_early_exit", None),
+            ("token_healing", False),
         ):
             value = getattr(self.config, name, allowed)
             if value not in (None, allowed):
@@ -130,14 +134,17 @@ class GenerationTools:
 
     def processors(self, input_ids: torch.Tensor, extra: Any) -> Any:
         """Logits processors for a batch of prompts ``[batch, length]``."""
-        return self._shell._get_logits_processor(
-            self.config,
-            input_ids_seq_length=input_ids.shape[1],
-            encoder_input_ids=input_ids,
-            logits_processor=extra or [],
-            device=input_ids.device,
-            model_kwargs={},
-        )
+        try:
+            return self._shell._get_logits_processor(
+                self.config,
+                input_ids_seq_length=input_ids.shape[1],
+                encoder_input_ids=input_ids,
+                logits_processor=extra or [],
+                device=input_ids.device,
+                model_kwargs={},
+            )
+        except (ValueError, TypeError) as error:
+            raise UserError(f"generate: {explain(error)}") from error
 
     def criteria(self, extra: Any, tokenizer: Any) -> Any:
         """Stopping criteria (end-of-sequence, length, time, stop strings, and the caller's)."""
@@ -145,3 +152,7 @@ class GenerationTools:
             return self._shell._get_stopping_criteria(self.config, extra or [], tokenizer=tokenizer)
         except ValueError as error:
             raise UserError(f"generate: {explain(error)}") from error
+        except TypeError as error:
+            raise UserError(
+                f"generate: stop_strings, eos_token_id or max_time is of a wrong type: {explain(error)}"
+            ) from error
