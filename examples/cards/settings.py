@@ -28,7 +28,10 @@ class Settings:
     weight_decay: float = 0.05
     presence: float = 2.0
     text_alignment: float = 0.05
-    foretell: float = 0.3
+    foretell: float = 1.0
+    retrieve_share: float = 0.5
+    retrieve_fewest: float = 0.08
+    retrieve_most: float = 0.25
     drop_share: float = 0.5
     drop_fewest: float = 0.2
     seed: int = 1
@@ -58,6 +61,9 @@ HELP = {
     "presence": "weight of the presence loss in stage 1",
     "text_alignment": "weight of the alignment loss in stages 2 and 3",
     "foretell": "weight of the foretelling loss in stage 3",
+    "retrieve_share": "share of stage 3's whole batches whose answers see what is retrieved",
+    "retrieve_fewest": "smallest share of visual tokens retrieved",
+    "retrieve_most": "largest share of visual tokens retrieved",
     "drop_share": "share of the batches of stages 2 and 3 with visual tokens dropped",
     "drop_fewest": "smallest share of visual tokens such a batch keeps",
     "seed": "seed, 1 to 4",

@@ -28,7 +28,6 @@ from examples.cards import model as vlm
 from examples.cards.evaluate import add_arguments, load_subject
 from examples.cards.render import PATCHES
 from examples.cards.scoring import by_type, exact_turns, line
-from examples.cards.vocabulary import EOS
 from examples.cards.world import Dialogues, Samples, in_chunks
 
 PRUNE_SHARES = (0.5, 0.25, 0.1)
@@ -135,13 +134,10 @@ def turn_rows(talk: Dialogues, first_too: bool) -> tuple[Tensor, Tensor]:
 
     An answer's </s> opens the next prefill, so its row stays dense.
     """
-    turns = torch.arange(talk.kind.shape[1], device=talk.text.device)
-    here = talk.turn[:, None, :] == turns[:, None]
-    asking = here & ~talk.is_answer[:, None]
-    restricted = here & (talk.is_answer & (talk.text != EOS))[:, None]
+    asking, restricted = talk.rows()
     if first_too:
         before_answer = F.pad(talk.is_answer[:, 1:], (0, 1))[:, None]
-        restricted |= asking & before_answer
+        restricted = restricted | (asking & before_answer)
     return F.pad(asking, (1 + PATCHES, 0)), F.pad(restricted, (1 + PATCHES, 0))
 
 

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from examples.cards import model as vlm
 from examples.cards.foretelling import foretelling_loss, make_watchable, watched
+from examples.cards.render import PATCHES
 from examples.cards.scoring import by_type, exact_turns, line
 from examples.cards.settings import Settings, parse
 from examples.cards.targets import NEIGHBOURS, NOTES, TrainingHeads, make_targets
@@ -220,6 +221,13 @@ class Trainer:
             score = score + 0.7 * covered
         return score.topk(count, 1).indices.sort(1).values
 
+    def _retrieved(self) -> int | None:
+        """How many visual tokens a layer retrieves for this batch's answers, or None for all."""
+        s = self.settings
+        if self.dice.random() >= s.retrieve_share:
+            return None
+        return round(PATCHES * self.dice.uniform(s.retrieve_fewest, s.retrieve_most))
+
     def _text_loss(self, batch: Samples) -> Tensor:
         targets, talk = make_targets(batch), batch.dialogues.trimmed()
         with self._amp():
@@ -228,15 +236,16 @@ class Trainer:
             alignment, _ = self.heads.alignment(visual, words, targets.notes)
             kept = self._kept(batch.covered)
             foretelling = self.stage == 3 and kept is None
-            with watched() if foretelling else contextlib.nullcontext([]) as layers:
+            seen = self._retrieved() if foretelling else None
+            with watched(talk, seen) if foretelling else contextlib.nullcontext() as watch:
                 logits = vlm.text_logits(self.model, visual, talk.text, kept, dtype=torch.bfloat16)
         loss = F.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), talk.text[:, 1:].flatten(), reduction="none"
         )
         asked = talk.is_answer[:, 1:].flatten()
         total = (loss * asked).sum() / asked.sum() + self.settings.text_alignment * alignment
-        if foretelling:
-            total = total + self.settings.foretell * foretelling_loss(layers, talk)
+        if watch is not None:
+            total = total + self.settings.foretell * foretelling_loss(watch)
         return total
 
     def step(self) -> tuple[Tensor, float]:
@@ -268,8 +277,8 @@ class Trainer:
             words = self.model.get_input_embeddings().weight
             _, right = self.heads.alignment(visual, words, targets.notes)
             found = self.heads.presence(pooled) > 0
-            with watched() as layers:
-                talk = fixed.dialogues
+            talk = fixed.dialogues
+            with watched(talk) as watch:
                 logits = vlm.text_logits(self.model, visual, talk.text, dtype=torch.bfloat16)
         self.model.train()
         notes = dict(zip(NOTES, (100 * right).tolist(), strict=True))
@@ -281,7 +290,7 @@ class Trainer:
         scores = by_type(exact_turns(logits, fixed.dialogues), fixed.dialogues)
         report = f"turns right: {line(scores)} | neighbours {notes['neighbours']:.0f}"
         if self.stage == 3:
-            report += f" | foretelling {foretelling_loss(layers, talk).item():.3f}"
+            report += f" | foretelling {foretelling_loss(watch).item():.3f}"
         return report
 
     def train(self) -> bool:

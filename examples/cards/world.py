@@ -106,6 +106,16 @@ class Dialogues(Batch):
         cut = {k: getattr(self, k)[:, :used] for k in ("text", "is_answer", "turn")}
         return replace(self, **cut)
 
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Text rows of each turn's question, and those that decode feeds: answers without </s>.
+
+        Both bool [n, turns, text]. An answer's </s> is fed with the next question.
+        """
+        turns = torch.arange(self.kind.shape[1], device=self.text.device)
+        here = self.turn[:, None, :] == turns[:, None]
+        asking = here & ~self.is_answer[:, None]
+        return asking, here & (self.is_answer & (self.text != EOS))[:, None]
+
     def turn_ids(self, i: int, turn: int, answer: bool) -> list[int]:
         """Token ids of one question, or of one answer without its </s>."""
         chosen = (self.turn[i] == turn) & (self.is_answer[i] == answer) & (self.text[i] != EOS)

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, DynamicCache, LlavaForConditionalGe
 
 from examples.cards import model as vlm
 from examples.cards import sparsity_study as study
+from examples.cards.foretelling import make_watchable, watched
 from examples.cards.render import PATCHES
 from examples.cards.scoring import by_type, exact_turns
 from examples.cards.vocabulary import BOS, EOS, PAD
@@ -115,30 +116,55 @@ def stepped(model: LlavaForConditionalGeneration, drawn: Samples, i: int, visual
     return torch.cat(parts)
 
 
+def one_pass(
+    model: LlavaForConditionalGeneration, drawn: Samples, visual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Dense and retrieval-sparse logits of the study's attention."""
+    talk, decoder = drawn.dialogues, model.model.language_model
+    AttentionInterface.register("cards_restricted", study._restricted_attention)
+    decoder.set_attn_implementation("cards_restricted")
+    with torch.no_grad():
+        dense = vlm.text_logits(model, visual, talk.text)
+        study.PLAN.kept, study.PLAN.at_random = KEPT, False
+        study.PLAN.asking, study.PLAN.restricted = study.turn_rows(talk, first_too=False)
+        try:
+            sparse = vlm.text_logits(model, visual, talk.text)
+        finally:
+            study.PLAN.kept = study.PLAN.asking = study.PLAN.restricted = None
+            decoder.set_attn_implementation("sdpa")
+    return dense, sparse
+
+
 def test_retrieval_in_one_pass_equals_cached_decoding(
     drawn: Samples, tiny: LlavaForConditionalGeneration
 ) -> None:
     talk = drawn.dialogues
     torch.manual_seed(2)
     visual = torch.randn(len(drawn), PATCHES, tiny.config.text_config.hidden_size)
-    decoder = tiny.model.language_model
-    AttentionInterface.register("cards_restricted", study._restricted_attention)
-    decoder.set_attn_implementation("cards_restricted")
-    with torch.no_grad():
-        dense = vlm.text_logits(tiny, visual, talk.text)
-        study.PLAN.kept, study.PLAN.at_random = KEPT, False
-        study.PLAN.asking, study.PLAN.restricted = study.turn_rows(talk, first_too=False)
-        try:
-            sparse = vlm.text_logits(tiny, visual, talk.text)
-        finally:
-            study.PLAN.kept = study.PLAN.asking = study.PLAN.restricted = None
-            decoder.set_attn_implementation("sdpa")
+    dense, sparse = one_pass(tiny, drawn, visual)
     for i in range(2):
         there = talk.text[i] != PAD
         want = stepped(tiny, drawn, i, visual)
         got, without = sparse[i][there], dense[i][there]
         assert (got - want).norm() / want.norm() < 1e-4
         assert (without - want).norm() / want.norm() > 1e-2, "retrieval made no difference"
+
+
+def test_training_restricts_answers_as_the_study_does(
+    drawn: Samples, tiny: LlavaForConditionalGeneration
+) -> None:
+    torch.manual_seed(3)
+    visual = torch.randn(len(drawn), PATCHES, tiny.config.text_config.hidden_size)
+    dense, want = one_pass(tiny, drawn, visual)
+    make_watchable(tiny)
+    try:
+        with torch.no_grad(), watched(drawn.dialogues, KEPT):
+            got = vlm.text_logits(tiny, visual, drawn.dialogues.text)
+    finally:
+        tiny.model.language_model.set_attn_implementation("sdpa")
+    there = drawn.dialogues.text != PAD
+    assert (got - want)[there].norm() / want[there].norm() < 1e-4
+    assert (dense - want)[there].norm() / want[there].norm() > 1e-2
 
 
 def test_rows_that_ask_and_rows_that_are_restricted(drawn: Samples) -> None:

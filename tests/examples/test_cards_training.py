@@ -10,7 +10,7 @@ from torch import Tensor
 
 from examples.cards import model as vlm
 from examples.cards.batches import Batch
-from examples.cards.foretelling import foretelling_loss, make_watchable, watched
+from examples.cards.foretelling import Watch, foretelling_loss, make_watchable, watched
 from examples.cards.render import PATCHES
 from examples.cards.settings import parse
 from examples.cards.targets import NONE, NOTES, make_targets
@@ -184,19 +184,19 @@ def test_watching_changes_nothing_and_sees_softmax(drawn: Samples) -> None:
     with torch.no_grad():
         plain = vlm.text_logits(model, visual, text)
         make_watchable(model)
-        with watched() as layers:
+        with watched(drawn.dialogues.trimmed()[:2]) as watch:
             seen = vlm.text_logits(model, visual, text)
         unwatched = vlm.text_logits(model, visual, text)
     torch.testing.assert_close(seen, plain, atol=1e-5, rtol=1e-4)
     assert torch.equal(seen, unwatched)
-    assert len(layers) == vlm.TINY_SIZES["text_layers"]
+    assert len(watch.layers) == vlm.TINY_SIZES["text_layers"]
     model.model.language_model.set_attn_implementation("eager")
     with torch.no_grad():
         decoder = model.model.language_model
         start = decoder.embed_tokens(torch.ones_like(text[:, :1]))
         x = torch.cat([start, visual, decoder.embed_tokens(text)], 1)
         truth = decoder(inputs_embeds=x, output_attentions=True, use_cache=False).attentions
-    for mine, theirs in zip(layers, truth, strict=True):
+    for mine, theirs in zip(watch.layers, truth, strict=True):
         want = theirs[:, :, -text.shape[1] :, 1 : 1 + PATCHES].mean(1)
         assert want.sum() > 1
         torch.testing.assert_close(mine, want, atol=1e-6, rtol=1e-3)
@@ -207,12 +207,12 @@ def test_foretelling_is_zero_only_where_question_and_answer_agree(drawn: Samples
     n, t = talk.text.shape
     there = torch.zeros(n, t, PATCHES)
     there[:, :, 7] = 0.5
-    assert foretelling_loss([there], talk).abs() < 1e-5
+    assert foretelling_loss(Watch(*talk.rows(), None, [there])).abs() < 1e-5
     elsewhere = there.clone()
     elsewhere[talk.is_answer] = 0.0
     elsewhere[:, :, 9] = torch.where(talk.is_answer, 0.5, 0.0)
-    assert foretelling_loss([elsewhere], talk) > 5
-    assert foretelling_loss([there, elsewhere], talk) > 2.5
+    assert foretelling_loss(Watch(*talk.rows(), None, [elsewhere])) > 5
+    assert foretelling_loss(Watch(*talk.rows(), None, [there, elsewhere])) > 2.5
 
 
 def test_foretelling_teaches_the_question_alone(drawn: Samples) -> None:
@@ -220,7 +220,7 @@ def test_foretelling_teaches_the_question_alone(drawn: Samples) -> None:
     n, t = talk.text.shape
     g = torch.Generator().manual_seed(3)
     weights = torch.softmax(torch.randn(n, t, PATCHES, generator=g), -1).requires_grad_()
-    foretelling_loss([weights], talk).backward()
+    foretelling_loss(Watch(*talk.rows(), None, [weights])).backward()
     assert weights.grad is not None
     taught = weights.grad.abs().sum(-1) > 0
     assert not taught[talk.is_answer].any()
