@@ -101,11 +101,24 @@ def family_of(config: dict[str, Any]) -> Family:
             raise UserError(
                 f"{name}: text_config.{key} is set; soft-capped attention or logits are not supported"
             )
-    if "linear_attention" in (text.get("layer_types") or ()):
+    for kind in sorted(
+        set(text.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    ):
+        why = "keep no KV cache to retrieve from" if kind == "linear_attention" else "are unchecked"
+        raise UserError(f"{name}: text_config.layer_types has {kind} layers, which {why}")
+    for kind in sorted(_rope_types(text) & {"dynamic", "longrope"}):
         raise UserError(
-            f"{name}: text_config.layer_types has linear_attention layers, which keep no KV cache to retrieve from"
+            f"{name}: text_config.rope_parameters has the rope_type {kind!r}: its frequencies change "
+            "with the prompt's length, so keys that are cached would no longer be right"
         )
     return family
+
+
+def _rope_types(text: dict[str, Any]) -> set[str]:
+    """Kinds of rotary positions; a text model may have one for each kind of layer."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    parts = [rope, *(v for v in rope.values() if isinstance(v, dict))]
+    return {str(p.get("rope_type") or p.get("type") or "default") for p in parts}
 
 
 def patch_values(vision: dict[str, Any]) -> int:

@@ -187,6 +187,8 @@ def trace(model: Any) -> Program:
     Raises:
         UserError: the model is not supported; says which accessor or attention is the reason.
     """
+    if model.training:
+        raise UserError("the model is in training mode, where dropout is random; call eval() on it")
     config = model.config.to_dict()
     family = family_of(config)
     layout = layout_of(family, config)

@@ -223,6 +223,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "vision encoder 'dinov2'.*clip_vision_model",
     ),
     "soft caps": ({"text_config__final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+    "chunked attention": (
+        {"text_config__layer_types": ["chunked_attention", "full_attention"]},
+        "chunked_attention layers, which are unchecked",
+    ),
+    "dynamic positions": (
+        {"text_config__rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+        "rope_type 'dynamic': its frequencies change",
+    ),
+    "long positions, one kind of layer": (
+        {"text_config__rope_parameters": {"full_attention": {"rope_type": "longrope"}}},
+        "rope_type 'longrope'",
+    ),
     "linear attention": (
         {"text_config__layer_types": ["linear_attention", "full_attention"]},
         "linear_attention",
@@ -236,6 +248,12 @@ def test_unsupported_configurations(case: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         family_of(_config(**changes))
     assert "\n" not in str(caught.value)
+
+
+def test_training_mode_is_refused() -> None:
+    model = tiny.build("llava", "meta").train()
+    with pytest.raises(UserError, match="training mode"):
+        trace(model)
 
 
 def test_unsupported_models_are_refused_by_trace() -> None:

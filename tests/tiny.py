@@ -143,6 +143,12 @@ def _qwen_windowed() -> Any:
     )
 
 
+def _llava_rope(**rope: Any) -> Any:
+    config = _llava_clip()
+    config.text_config = LlamaConfig(**_text_sizes(), head_dim=16, rope_scaling=rope)
+    return config
+
+
 def _llava_two_layers() -> Any:
     config = _llava_clip()
     config.vision_feature_layer = [-2, -3]
@@ -152,6 +158,9 @@ def _llava_two_layers() -> Any:
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llava": _llava_clip,
     "llava_two_layers": _llava_two_layers,
+    "llava_yarn": lambda: _llava_rope(
+        rope_type="yarn", factor=4.0, original_max_position_embeddings=32
+    ),
     "llava_tied": lambda: _llava_clip(tie_word_embeddings=True),
     "llava_siglip": _llava_siglip,
     "llava_windowed": _llava_windowed,

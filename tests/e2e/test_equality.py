@@ -71,11 +71,11 @@ def test_greedy_video(recipe: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llava_tied", "llava_two_layers", "llava_windowed", "qwen_windowed"]
+    "name", ["llava_tied", "llava_two_layers", "llava_windowed", "llava_yarn", "qwen_windowed"]
 )
 @pytest.mark.parametrize("kind", ["one picture", "three pictures", "batch"])
 def test_greedy_other_configurations(name: str, kind: str) -> None:
-    """Tied embeddings; two feature layers; sliding windows in every layer and in one of them."""
+    """Tied embeddings; two feature layers; sliding windows in every layer and in one; scaled RoPE."""
     recipe = tiny.DENSE if name == "llava_windowed" else tiny.FULL
     _same_as_transformers(name, recipe, PROMPTS[kind])
 
