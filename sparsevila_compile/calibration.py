@@ -9,11 +9,13 @@ earlier ones, as AWQ wants it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import fx
 
 from sparsevila_compile.conversation import Conversation
@@ -28,82 +30,129 @@ from sparsevila_compile.session import open_picture
 Override = Callable[[torch.Tensor], torch.Tensor]
 """What a linear computes instead, from its input."""
 
+Visitor = Callable[[fx.Node, list[torch.Tensor]], Override | None]
+"""Sees a linear and its input for each sample before it runs; None lets it run as it is."""
 
-def read_samples(path: Path, limit: int) -> list[dict[str, Any]]:
+
+@dataclass(frozen=True)
+class Sample:
+    """One calibration conversation; ``where`` is its file and line."""
+
+    where: str
+    messages: list[Any]
+    pictures: list[Image.Image]
+
+
+def read_samples(path: Path, limit: int) -> list[Sample]:
     """Calibration conversations: JSON lines ``{"image": FILE, "messages": [chat messages]}``.
 
     Pictures are found beside the file. ``images`` may list several.
+
+    Args:
+        limit: conversations read at most.
 
     Raises:
         UserError: the file or a picture is missing or damaged, or there is nothing in it.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such calibration file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read the calibration data: {error}") from error
-    samples: list[dict[str, Any]] = []
+    samples: list[Sample] = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         if len(samples) == limit:
             break
-        try:
-            entry = json.loads(line)
-            messages = entry["messages"]
-            names = entry.get("images") or ([entry["image"]] if "image" in entry else [])
-            if not isinstance(messages, list) or not all(isinstance(n, str) for n in names):
-                raise TypeError("messages must be a list, image a file name")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f'{path}:{number}: want {{"image": FILE, "messages": […]}}: {type(error).__name__} {error}'
-            ) from error
-        pictures = [open_picture(path.parent / name) for name in names]
-        samples.append({"messages": messages, "images": pictures})
+        if line.strip():
+            samples.append(_sample(f"{path}:{number}", line, path.parent))
     if not samples:
         raise UserError(f"{path}: no calibration conversation in this file")
     return samples
 
 
-def tokenize(processor: Any, sample: dict[str, Any]) -> dict[str, Any]:
-    """Processor outputs for one conversation, answers included."""
+def _sample(where: str, line: str, folder: Path) -> Sample:
     try:
-        text = processor.apply_chat_template(sample["messages"], tokenize=False)
-        arguments = {"images": sample["images"]} if sample["images"] else {}
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON: {error}") from error
+    entry = entry if isinstance(entry, dict) else {}
+    messages, several = entry.get("messages"), entry.get("images", [])
+    names = [entry["image"]] if "image" in entry else []
+    names += several if isinstance(several, list) else [None]
+    if not isinstance(messages, list) or not all(isinstance(n, str) and n for n in names):
+        raise UserError(f'{where}: want {{"image": FILE, "messages": [chat messages]}}')
+    try:
+        pictures = [open_picture(folder / name) for name in names]
+    except (UserError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise UserError(f"{where}: {error}") from error
+    return Sample(where, messages, pictures)
+
+
+def tokenize(processor: Any, sample: Sample) -> dict[str, Any]:
+    """Processor outputs for one conversation, answers included.
+
+    Raises:
+        UserError: the processor or its chat template refuses the conversation.
+    """
+    try:
+        text = processor.apply_chat_template(sample.messages, tokenize=False)
+        arguments = {"images": sample.pictures} if sample.pictures else {}
         return dict(processor(text=[text], return_tensors="pt", **arguments))
-    except UserError:
-        raise
     except Exception as error:  # whatever a third-party template or processor raises
         detail = " ".join(str(error).split())[:200]
         raise UserError(
-            f"calibration: the processor refuses a conversation: {type(error).__name__}: {detail}"
+            f"{sample.where}: the processor refuses this conversation: "
+            f"{type(error).__name__}: {detail}"
         ) from error
 
 
 def component_inputs(
-    program: Program, component: str, prompts: Iterable[dict[str, Any]]
+    program: Program, component: str, processor: Any, samples: Collection[Sample]
 ) -> tuple[Component, list[dict[str, Any]]]:
-    """A lowered copy of a component, and its inputs for each prompt.
+    """A lowered copy of a component, and its inputs for each conversation, one row each.
+
+    Rows have no padding. The language component's head is asked for every text token.
 
     Args:
         component: ``language`` (with its cache inserted) or ``vision``.
+
+    Raises:
+        UserError: a conversation does not fit the model.
     """
     lowered = program.snapshot()
     _lower(lowered)
     family = family_of(program.config)
     engine, reader = Engine(lowered, family), PromptReader(lowered, family)
     inputs = []
-    for prompt in prompts:
-        if component == "vision":
-            fresh = [row.pictures for row in reader.read(prompt)]
-            if not any(fresh):
-                raise UserError(
-                    "calibration of the vision component needs a picture in every conversation"
-                )
-            inputs.append(engine.vision_inputs(fresh))
-        else:
-            conversation = Conversation(engine, reader, 1, lowered.max_length)
-            inputs.append(conversation.first_inputs(prompt))
+    for sample in samples:
+        prompt = tokenize(processor, sample)
+        try:
+            if component == "vision":
+                inputs.append(_vision_inputs(engine, reader, prompt))
+            else:
+                inputs.append(_language_inputs(engine, reader, prompt))
+        except UserError as error:
+            raise UserError(f"{sample.where}: {error}") from error
     return lowered.component(component), inputs
+
+
+def _vision_inputs(engine: Engine, reader: PromptReader, prompt: dict[str, Any]) -> dict[str, Any]:
+    fresh = [row.pictures for row in reader.read(prompt)]
+    if not any(fresh):
+        raise UserError("no picture; calibrating the vision component needs one here")
+    return engine.vision_inputs(fresh)
+
+
+def _language_inputs(
+    engine: Engine, reader: PromptReader, prompt: dict[str, Any]
+) -> dict[str, Any]:
+    conversation = Conversation(engine, reader, 1, engine.program.max_length)
+    inputs = conversation.first_inputs(prompt)
+    [held] = conversation.rows
+    text = (~held.visual[held.kept]).nonzero()[:, 0]
+    inputs["logit_rows"] = text[None].to(engine.device)
+    return inputs
 
 
 def _lower(program: Program) -> None:
@@ -117,16 +166,11 @@ def _lower(program: Program) -> None:
 
 
 class Lockstep:
-    """Walks a graph for many samples at once.
-
-    ``visit(node, inputs)`` is called for every ``aten.linear`` before it runs, with the node's
-    input of each sample; entries it puts into ``overrides`` replace that node's computation.
-    """
+    """Walks a graph for many samples at once."""
 
     def __init__(self, component: Component, weights: dict[str, torch.Tensor]) -> None:
         self.graph = component.graph
         self.weights = weights
-        self.overrides: dict[fx.Node, Override] = {}
         self._last_use: dict[fx.Node, list[fx.Node]] = {}
         seen: set[fx.Node] = set()
         for node in reversed(self.graph.nodes):
@@ -137,33 +181,43 @@ class Lockstep:
 
     @torch.no_grad()
     def run(
-        self,
-        samples: list[dict[str, Any]],
-        visit: Callable[[fx.Node, list[torch.Tensor]], None],
-    ) -> list[tuple[Any, ...]]:
-        """Returns each sample's outputs."""
+        self, samples: list[dict[str, Any]], wanted: Collection[fx.Node], visit: Visitor
+    ) -> None:
+        """Compute up to the last of the ``wanted`` linears, each of which is visited.
+
+        Args:
+            samples: the component's inputs by name; each tensor is let go of (taken out of its
+                dictionary) as soon as nothing needs it.
+            wanted: ``aten.linear`` nodes of the component.
+        """
+        left = set(wanted)
         values: list[dict[fx.Node, Any]] = [{} for _ in samples]
-        results: list[tuple[Any, ...]] = []
         for node in self.graph.nodes:
-            if node.op == "output":
-                results = [tuple(v[r] for r in node.args[0]) for v in values]
-                break
-            if node.target is torch.ops.aten.linear.default:
-                visit(node, [v[node.args[0]] for v in values])
+            if not left:
+                return
+            override = None
+            if node in left:
+                left.remove(node)
+                override = visit(node, [v[node.args[0]] for v in values])
             for sample, held in zip(samples, values, strict=True):
-                held[node] = self._compute(node, sample, held)
+                held[node] = self._compute(node, sample, held, override)
                 for source in self._last_use.get(node, ()):
                     del held[source]
                 if not node.users:
-                    held.pop(node)
-        return results
+                    del held[node]
 
-    def _compute(self, node: fx.Node, sample: dict[str, Any], held: dict[fx.Node, Any]) -> Any:
+    def _compute(
+        self,
+        node: fx.Node,
+        sample: dict[str, Any],
+        held: dict[fx.Node, Any],
+        override: Override | None,
+    ) -> Any:
         if node.op == "placeholder":
-            return sample[str(node.target)]
+            return sample.pop(str(node.target))
         if node.op == "get_attr":
             return self.weights[str(node.target)]
-        if node in self.overrides:
-            return self.overrides[node](held[node.args[0]])  # type: ignore[index]
+        if override is not None:
+            return override(held[node.args[0]])  # type: ignore[index]
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: held[n])  # type: ignore[arg-type]
         return node.target(*args, **kwargs)  # type: ignore[operator]
