@@ -79,8 +79,9 @@ def run_table(report: Row) -> str:
     for run in report["runs"]:
         seconds, steps = run["seconds"] - before[0], run["steps"] - before[1]
         before = (run["seconds"], run["steps"])
-        rows.append([run["device"], run["torch"], f"{seconds:.0f}", steps])
-    return table(["device", "torch", "seconds", "steps"], rows)
+        batch = run["settings"]["batch"]
+        rows.append([run["device"], run["torch"], f"{seconds:.0f}", steps, batch])
+    return table(["device", "torch", "seconds", "steps", "pictures a step"], rows)
 
 
 def write_card(folder: Path) -> str:

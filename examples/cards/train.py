@@ -24,7 +24,6 @@ import signal
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,9 +105,9 @@ class Trainer:
 
     def _run(self) -> dict[str, Any]:
         """This call: how far it came, where, and with which settings."""
-        settings = {
-            k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.settings).items()
-        }
+        settings = asdict(self.settings)
+        for key in ("out", "state", "warm_start"):  # where things lay is of no interest later
+            del settings[key]
         on = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         return {
             "seconds": round(self.seconds, 1),
