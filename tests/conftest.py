@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Two workers share the cores (pyproject.toml); neither they nor what they start may take them all.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 # Before anything imports Triton: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
