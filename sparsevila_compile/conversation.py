@@ -184,11 +184,13 @@ class Conversation:
         # The largest possible need first: refuse before any work is done.
         for held, row, n in zip(self.rows, rows, common, strict=True):
             self._check(int(held.kept[:n].sum()), row, n, new_tokens)
+        before = [replace(held) for held in self.rows]
         try:
             return self._prefill(rows, common, fresh, query_start, new_tokens)
         except BaseException:
+            self.rows = before
             for held, n in zip(self.rows, common, strict=True):
-                held.cut(n)  # whatever was written behind it is overwritten by the next prompt
+                held.cut(n)  # what was written behind it is overwritten by the next prompt
             raise
 
     def _reusable(self, held: Held, row: Row, query_start: int | None) -> int:

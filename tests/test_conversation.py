@@ -98,19 +98,19 @@ def _mutated(row: list[tiny.Item], answer: list[int], rng: random.Random) -> lis
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 @pytest.mark.parametrize("recipe", [tiny.DENSE, tiny.FULL])
 def test_any_sequence_of_prompts(name: str, recipe: tuple[tiny.Spec, ...]) -> None:
-    """Forty prompts of every kind through one cache, two dialogues side by side."""
+    """Many prompts of every kind through one cache, two dialogues side by side."""
     rng = random.Random(name)
     model = tiny.compiled(name, *recipe)
     conversation = model.conversation(2)
     rows: list[list[tiny.Item]] = [[*words(2), Image(1), *words(3)], words(4, 9)]
     reused = 0
-    for step in range(40):
+    for step in range(25):
         answers = ask(model, name, conversation, *rows)
         assert answers == tiny.dense_rows(name, rows, NEW), f"step {step}: {rows}"
         reused += model.usage.cached_tokens
         rows = [_mutated(row, answer, rng) for row, answer in zip(rows, answers, strict=True)]
         rows = [row if len(row) < 60 else row[:4] for row in rows]
-    assert reused > 400
+    assert reused > 200
 
 
 # ---------------------------------------------------------------------- what asks, when it is sparse
@@ -218,7 +218,7 @@ INTERRUPTIONS = [(k, n) for k in ("streamer", "criterion", "processor") for n in
 def test_interrupted_generation(kind: str, at: int, recipe: str) -> None:
     name = "qwen"
     model = tiny.compiled(name, *(tiny.FULL if recipe == "full" else SPARSE))
-    second, expected = _second_turn(model, name)
+    second, expected = _second_turn(model, name, *([Image(4, (6, 6))] if at % 2 else []))
     conversation = model.conversation()
     ask(model, name, conversation, FIRST)
     with pytest.raises(_Stop):
@@ -231,11 +231,11 @@ def test_interrupted_generation(kind: str, at: int, recipe: str) -> None:
         assert ask(model, name, conversation, third) == _third(model, name, second, third)
 
 
-def _second_turn(model: CompiledModel, name: str) -> tuple[Row, list[list[int]]]:
+def _second_turn(model: CompiledModel, name: str, *pictures: Image) -> tuple[Row, list[list[int]]]:
     """A second prompt and its answer, nothing going wrong."""
     conversation = model.conversation()
     [answer] = ask(model, name, conversation, FIRST)
-    second = tiny.continued(FIRST, answer, Image(4, (6, 6)), *words(7, 5))
+    second = tiny.continued(FIRST, answer, *pictures, *words(7, 5))
     return second, ask(model, name, conversation, second)
 
 
@@ -272,7 +272,8 @@ def test_interrupted_engine(
 ) -> None:
     name = "llava"
     model = tiny.compiled(name, *(tiny.FULL if recipe == "full" else SPARSE))
-    second, expected = _second_turn(model, name)
+    pictures = [Image(4)] if component == "vision" else []
+    second, expected = _second_turn(model, name, *pictures)
     conversation = model.conversation()
     ask(model, name, conversation, FIRST)
     failing_run(model, component)
@@ -283,6 +284,8 @@ def test_interrupted_engine(
     third = tiny.continued(second, expected[0], *words(4, 8))
     if recipe == "full":
         assert ask(model, name, conversation, third) == tiny.dense_rows(name, [third], NEW)
+    else:
+        assert ask(model, name, conversation, third) == _third(model, name, second, third)
 
 
 def test_a_partial_answer_may_be_continued() -> None:

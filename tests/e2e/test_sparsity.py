@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from sparsevila_compile.budget import keep_count
 from sparsevila_compile.engine import Retrieved
 from sparsevila_compile.model import CompiledModel
 from tests import tiny
@@ -84,6 +85,14 @@ def test_kept_tokens(name: str, prune: Prune) -> None:
             spread = torch.cat([p.salience for p in pictures])
             assert spread.std() > 0.02 * spread.mean()
     assert any(i != list(range(len(i))) for mine in got for i in mine)
+
+
+def test_budgets_are_exact() -> None:
+    """Hundredths of any number of tokens: no rounding of 0.1 + 0.2 keeps one too many."""
+    for hundredths in range(1, 101):
+        for n in (0, 1, 7, 10, 16, 20, 30, 100, 576, 1500, 70_000):
+            expected = -(-hundredths * n // 100)
+            assert keep_count(hundredths / 100, n) == expected, (hundredths, n)
 
 
 def test_options_choose_different_tokens() -> None:
