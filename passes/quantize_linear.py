@@ -227,9 +227,11 @@ class QuantizeLinear(Pass[QuantizeLinearConfig]):
 
     def _round(self, program: Program, group: Group) -> None:
         for name in group.names:
-            quantized = quantize_groupwise(
-                program.weights[name], self.config.group_size, scale_dtype=program.dtype
-            )
+            weight, size = program.weights[name], self.config.group_size
+            try:
+                quantized = quantize_groupwise(weight, size, scale_dtype=program.dtype)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
             self._packed[name] = Packed.of(quantized)
 
     def _calibrate(self, program: Program, context: Context) -> None:

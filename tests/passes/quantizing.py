@@ -56,7 +56,10 @@ def awq(
     program: Program, name: str, folder: Path, **options: Any
 ) -> tuple[PassReport, QuantizeLinear]:
     """Calibrate and quantize a tiny model."""
-    options = {"group_size": 32, "calibration": data(folder), **options}
+    options = {
+        "group_size": 32,
+        "calibration": options.get("calibration") or data(folder),
+    } | options
     return quantize(program, Context(processor=Prompts(name), base=str(folder)), **options)
 
 
