@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from examples.cards import model as vlm
+from examples.cards.average import main as average
 from examples.cards.batches import Batch
 from examples.cards.foretelling import Watch, foretelling_loss, make_watchable, watched
 from examples.cards.render import PATCHES
@@ -225,6 +227,25 @@ def test_foretelling_teaches_the_question_alone(drawn: Samples) -> None:
     taught = weights.grad.abs().sum(-1) > 0
     assert not taught[talk.is_answer].any()
     assert torch.equal(taught, ~talk.is_answer & (talk.turn >= 0))
+
+
+def test_an_average_lies_between(tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for i, folder in enumerate(folders):
+        torch.manual_seed(i)
+        vlm.export(vlm.build(vlm.TINY_SIZES), folder)
+        vlm.write_json(folder / "training.json", {"steps": i, "runs": [i]})
+    average([*map(str, folders), "--share", "0.25", "--out", str(tmp_path / "c")])
+    first, second, mean = (
+        vlm.load(f, CPU, torch.float32).state_dict() for f in (*folders, tmp_path / "c")
+    )
+    for key, value in mean.items():
+        want = 0.75 * first[key] + 0.25 * second[key]
+        torch.testing.assert_close(value, want, atol=1e-6, rtol=1e-2)  # stored in bf16
+    assert any(not torch.equal(first[k], mean[k]) for k in mean)
+    report = json.loads((tmp_path / "c" / "training.json").read_text())
+    assert report["runs"] == [1]
+    assert report["averaged"] == [{"steps": 0, "share": 0.75}, {"steps": 1, "share": 0.25}]
 
 
 def test_batches_cut_and_join(drawn: Samples) -> None:
