@@ -146,7 +146,7 @@ def test_forty_fresh_dialogues(model: LlavaForConditionalGeneration, processor: 
 
 @pytest.fixture(scope="module")
 def fresh() -> Samples:
-    drawn = fixed_set(30, FRESH_SEED + 1, CPU)
+    drawn = fixed_set(24, FRESH_SEED + 1, CPU)
     drawn.dialogues = drawn.dialogues.trimmed()
     return drawn
 
@@ -155,7 +155,7 @@ def fresh() -> Samples:
 def test_pruning_by_the_class_token_is_mild_and_chance_is_not(
     model: LlavaForConditionalGeneration, fresh: Samples
 ) -> None:
-    """30 dialogues: a margin of six points allows for chance; the reports hold the real figures."""
+    """24 dialogues: a margin of six points allows for chance; the reports hold the real figures."""
     text, right = fresh.dialogues.text, {}
     with torch.inference_mode():
         features, _ = vlm.see(model, vlm.normalised(fresh.pictures))
@@ -186,7 +186,7 @@ def test_retrieval_is_mild_and_beats_chance(
 
 def test_reported_scores_are_those_asked_for() -> None:
     scores = report("evaluation.json")
-    assert scores["dialogues"] >= 200
+    assert scores["dialogues"] >= 1000
     assert scores["generate"]["all"] >= 95
     assert all(scores["generate"][t] >= 90 for t in TYPES)
     assert scores["answers_of_several_tokens"] > 100 / 3
