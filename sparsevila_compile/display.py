@@ -221,6 +221,14 @@ def show_result(out: Console, result: Compiled) -> None:
 # ------------------------------------------------------------------ answers
 
 
+def _whole_words(columns: list[str]) -> Table:
+    """A table that breaks long words where the terminal is narrow; rich would cut them off."""
+    table = Table()
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
+
+
 def show_answers(out: Console, answers: list[PictureAnswers]) -> None:
     """For each picture its path and, a question a row, what was answered."""
     for asked in answers:
@@ -230,7 +238,7 @@ def show_answers(out: Console, answers: list[PictureAnswers]) -> None:
         reference = any(t.reference is not None for t in asked.turns)
         columns += ["dense"] if dense else []
         columns += ["reference"] if reference else []
-        table = Table(*columns)
+        table = _whole_words(columns)
         for turn in asked.turns:
             row = [turn.question, turn.compiled]
             row += [turn.dense or ""] if dense else []
@@ -306,7 +314,7 @@ def show_plan(out: Console, steps: list[Planned]) -> None:
 
 def show_nodes(out: Console, looked: list[Looked]) -> None:
     """One row a node that a pass looked at."""
-    table = Table("component", "node", "module", "result", "match or miss")
+    table = _whole_words(["component", "node", "module", "result", "match or miss"])
     for node in looked:
         table.add_row(
             node.component,

@@ -117,6 +117,7 @@ def work(
 ) -> Work:
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
     return Work(tmp_path, capsys)
 
 
@@ -395,7 +396,7 @@ def test_plan_for_a_device_that_is_not_here(work: Work) -> None:
     assert "triton" in out  # the kernels that CUDA would get
 
 
-def test_explain_shows_every_node(work: Work) -> None:
+def test_explain_shows_every_node(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     name = work.recipe()
     code, out, _ = work.run("explain", name, "prune_visual_tokens")
     assert code == 0
@@ -403,6 +404,10 @@ def test_explain_shows_every_node(work: Work) -> None:
     assert out.count("miss: not the layer that scores") == 2
     assert "17, 4, 16]" in out  # CLS and 16 patches, 4 heads of 16
     assert "1 match, 2 misses" in out
+    monkeypatch.setenv("COLUMNS", "60")
+    _, out, _ = work.run("explain", name, "prune_visual_tokens")
+    cells = [[c.strip() for c in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
+    assert "".join(c[2] for c in cells).count("layers.2.self_attn") == 1  # folded, not cut off
     assert "runs no pass 'frob'" in work.refused("explain", name, "frob")
 
 
