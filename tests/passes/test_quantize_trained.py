@@ -153,7 +153,7 @@ def test_awq_is_below_rounding(group_size: int, monkeypatch: pytest.MonkeyPatch)
     rtn(rounded, group_size=group_size)
     weights: dict[str, torch.Tensor] = {}
     monkeypatch.setattr(quantize_linear, "quantize_awq", recorder(searched, weights))
-    processor = hf.load_processor(CARDS / "checkpoint")
+    processor = hf.load_processor(str(CARDS / "checkpoint"))
     context = Context(processor=processor, base=str(CARDS))
     report, _ = quantize(searched, context, group_size=group_size, calibration=DATA)
     assert len(report.matches) == len(weights) == 8 * 7
