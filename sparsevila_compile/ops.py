@@ -1,6 +1,8 @@
 """The canonical ops, declared by importing them, as the overloads that graphs hold."""
 
+from sparsevila_compile.kernels.attention.op import LSE as _attention_lse
 from sparsevila_compile.kernels.attention.op import OP as _attention
+from sparsevila_compile.kernels.cached_attention.op import LSE as _cached_attention_lse
 from sparsevila_compile.kernels.cached_attention.op import OP as _cached_attention
 from sparsevila_compile.kernels.column_reduce.op import OP as _column_reduce
 from sparsevila_compile.kernels.retrieval_attention.op import OP as _retrieval_attention
@@ -8,7 +10,9 @@ from sparsevila_compile.kernels.select_tokens.op import OP as _select_tokens
 from sparsevila_compile.kernels.w4a16_linear.op import OP as _w4a16_linear
 
 ATTENTION = _attention.overload
+ATTENTION_LSE = _attention_lse.overload
 CACHED_ATTENTION = _cached_attention.overload
+CACHED_ATTENTION_LSE = _cached_attention_lse.overload
 COLUMN_REDUCE = _column_reduce.overload
 RETRIEVAL_ATTENTION = _retrieval_attention.overload
 SELECT_TOKENS = _select_tokens.overload

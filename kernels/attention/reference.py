@@ -25,22 +25,34 @@ def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ValueError(f"dtypes differ: q {q.dtype}, k {k.dtype}, v {v.dtype}")
 
 
-def attend(
+def attend_lse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """softmax(scale * q k^T) v over the visible keys only.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale * q k^T) v over the visible keys only, and the log of the softmax's denominator.
 
     q [B, Hq, M, D]; k, v [B, Hkv, N, D]; visible bool, broadcastable to [B, Hkv, Hq/Hkv, M, N].
-    Returns [B, Hq, M, D] in q's dtype, computed in float32 (float64 for float64 inputs). A row that
-    sees no key is zero.
+    Returns [B, Hq, M, D] in q's dtype and [B, Hq, M], the natural logarithm of
+    sum_j exp(scale * q k_j) over the visible keys, in float32; both computed in float32 (and the
+    second returned in float64, as both are computed, for float64 inputs). A row that sees no key is
+    zero in both.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     heads, kv_heads = q.shape[1], k.shape[1]
     grouped = q.to(wide).reshape(q.shape[0], kv_heads, heads // kv_heads, *q.shape[2:])
     scores = scale * grouped @ k.to(wide).unsqueeze(2).transpose(-1, -2)
     scores = scores.masked_fill(~visible, float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    lse = lse.masked_fill(lse == float("-inf"), 0.0)
     weights = torch.softmax(scores, dim=-1).masked_fill(~visible, 0.0)
-    return (weights @ v.to(wide).unsqueeze(2)).flatten(1, 2).to(q.dtype)
+    out = (weights @ v.to(wide).unsqueeze(2)).flatten(1, 2).to(q.dtype)
+    return out, lse.flatten(1, 2)
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """The first result of :func:`attend_lse`."""
+    return attend_lse(q, k, v, visible, scale)[0]
 
 
 def segment_bounds(cu_seqlens: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,6 +97,24 @@ def reference(
     Raises:
         ValueError: shapes or dtypes disagree, packed with B > 1, or a window without ``causal``.
     """
+    return reference_lse(q, k, v, cu_seqlens, scale, causal, window)[0]
+
+
+def reference_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``attention`` that also returns each row's log-sum-exp: of the scores of the keys it may see.
+
+    Arguments, errors and first result as in :func:`reference`. The second is [B, Hq, S], contiguous,
+    float32 (float64 for float64): log(sum_j exp(scale * q_i k_j)), natural, 0 for a row that sees no
+    key. With it the weight of any key is exp(scale * q_i k_j - lse_i), without a pass over the row.
+    """
     check_heads(q, k, v)
     batch, heads, length, _ = q.shape
     if k.shape[2] != length or v.shape[2] != length:
@@ -103,9 +133,10 @@ def reference(
     if window > 0:
         first = torch.maximum(first, key - window + 1)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     step = max(1, _MAX_SCORES // max(1, batch * heads * length))
     for i in range(0, length, step):
         rows = slice(i, i + step)
         visible = (key >= first[rows, None]) & (key < end[rows, None])
-        out[:, :, rows] = attend(q[:, :, rows], k, v, visible, scale)
-    return out.transpose(1, 2).contiguous()
+        out[:, :, rows], lse[:, :, rows] = attend_lse(q[:, :, rows], k, v, visible, scale)
+    return out.transpose(1, 2).contiguous(), lse

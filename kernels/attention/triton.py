@@ -24,6 +24,7 @@ from ..triton_support import (
 )
 
 LOG2E = 1.4426950408889634
+_LN2 = tl.constexpr(0.6931471805599453)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 256
 
@@ -130,13 +131,14 @@ def _attend_tiles(
 @triton.jit(do_not_specialize=["rows_total", "keys_total", "n_segments", "search_steps", "window"])
 @no_type_check
 def _flash_kernel(
-    q, k, v, out, cu_seqlens, q_start, q_lens,
+    q, k, v, out, lse, cu_seqlens, q_start, q_lens,
     q_stride_b, q_stride_h, q_stride_s, q_stride_d,
     k_stride_b, k_stride_h, k_stride_s, k_stride_d,
     v_stride_b, v_stride_h, v_stride_s, v_stride_d,
     rows_total, keys_total, heads, n_segments, search_steps, scale, window,
     GROUP: tl.constexpr, D: tl.constexpr,
     PACKED: tl.constexpr, CACHED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    WITH_LSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of BLOCK_M query rows of one head. Grid (row blocks, B * Hq).
@@ -218,6 +220,10 @@ def _flash_kernel(
     result = tl.where(seen[:, None], result, 0.0)
     out_at = out + ((b * rows_total + row_at) * heads + h)[:, None] * D + dims[None, :]
     tl.store(out_at, result.to(out.dtype.element_ty), mask=stored[:, None] & (dims[None, :] < D))
+    if WITH_LSE:
+        natural = _LN2 * (peak + tl.log2(tl.where(total > 0, total, 1.0)))
+        lse_at = lse + tl.program_id(1).to(tl.int64) * rows_total + row_at
+        tl.store(lse_at, tl.where(seen, natural, 0.0), mask=stored)
 
 
 def _blocks(rows: int, dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -242,32 +248,37 @@ def flash_forward(
     cu_seqlens: torch.Tensor | None = None,
     q_start: torch.Tensor | None = None,
     q_lens: torch.Tensor | None = None,
-) -> torch.Tensor:
+    with_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launch the kernel; nothing is read on the host, the grid follows from shapes alone.
 
     q [B, Hq, S, D]; k, v [B, Hkv, N, D], any strides. ``q_start`` and ``q_lens`` (int [B], both or
     neither): row i is at key position q_start + i, rows from q_lens on are zero, and only keys
-    before q_start + q_lens exist. Returns [B, S, Hq, D], contiguous.
+    before q_start + q_lens exist. Returns [B, S, Hq, D], contiguous, and ``with_lse`` the rows'
+    natural log-sum-exp, float32 [B, Hq, S], 0 where a row sees no key.
     """
     check_launch("attention", q)
     batch, heads, rows, dim = q.shape
     out = torch.empty((batch, rows, heads, dim), dtype=q.dtype, device=q.device)
+    lse = None
+    if with_lse:
+        lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
-        return out
+        return out, lse
     block_m, block_n, warps = _blocks(rows, dim, q.dtype)
     segments = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     with on_device(q):
         _flash_kernel[(cdiv(rows, block_m), batch * heads)](
-            q, k, v, out, cu_seqlens, q_start, q_lens,
+            q, k, v, out, lse, cu_seqlens, q_start, q_lens,
             *q.stride(), *k.stride(), *v.stride(),
             rows, k.shape[2], heads, segments, (segments + 1).bit_length(), scale * LOG2E, window,
             GROUP=heads // k.shape[1], D=dim,
             PACKED=cu_seqlens is not None, CACHED=q_start is not None,
-            CAUSAL=causal, WINDOWED=window > 0,
+            CAUSAL=causal, WINDOWED=window > 0, WITH_LSE=with_lse,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=max(16, next_power_of_2(dim)),
             PRECISION=dot_precision(q.dtype), num_warps=warps, num_stages=2,
         )  # fmt: skip
-    return out
+    return out, lse
 
 
 def attention(
@@ -280,4 +291,21 @@ def attention(
     window: int,
 ) -> torch.Tensor:
     """See :func:`.reference.reference`."""
-    return flash_forward(q, k, v, scale, causal=causal, window=window, cu_seqlens=cu_seqlens)
+    return flash_forward(q, k, v, scale, causal=causal, window=window, cu_seqlens=cu_seqlens)[0]
+
+
+def attention_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`.reference.reference_lse`."""
+    out, lse = flash_forward(
+        q, k, v, scale, causal=causal, window=window, cu_seqlens=cu_seqlens, with_lse=True
+    )
+    assert lse is not None
+    return out, lse

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..attention.reference import attend, check_heads
+from ..attention.reference import attend_lse, check_heads
 
 
 def check_caches(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
@@ -73,12 +73,34 @@ def reference(
     Raises:
         ValueError: shapes or dtypes disagree, or the window is negative.
     """
+    return reference_lse(q, k, v, k_cache, v_cache, cache_lens, new_lens, scale, window)[0]
+
+
+def reference_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lens: torch.Tensor,
+    new_lens: torch.Tensor,
+    scale: float,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``cached_attention`` that also returns each row's log-sum-exp over the positions it attends.
+
+    Arguments, writes, errors and first result as in :func:`reference`. The second is [B, Hq, S],
+    contiguous, float32 (float64 for float64), natural logarithm; 0 for padding rows and for a row
+    that sees no position.
+    """
     check_heads(q, k, v)
     check_caches(q, k_cache, v_cache)
     if window < 0:
         raise ValueError(f"the window must not be negative, is {window}")
     batch, heads, length, dim = q.shape
     out = q.new_zeros(batch, length, heads, dim)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_zeros((batch, heads, length), dtype=wide)
     for b, (start, count) in enumerate(zip(cache_lens.tolist(), new_lens.tolist(), strict=True)):
         count = min(count, length)
         row = slice(b, b + 1)
@@ -88,7 +110,8 @@ def reference(
         visible = key <= query[:, None]
         if window > 0:
             visible &= query[:, None] - key < window
-        out[row, :count] = attend(
+        attended, lse[row, :, :count] = attend_lse(
             q[row, :, :count], k_cache[row, :, :held], v_cache[row, :, :held], visible, scale
-        ).transpose(1, 2)
-    return out
+        )
+        out[row, :count] = attended.transpose(1, 2)
+    return out, lse

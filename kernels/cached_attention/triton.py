@@ -114,4 +114,26 @@ def cached_attention(
     return flash_forward(
         q, k_cache, v_cache, scale,
         causal=True, window=window, q_start=cache_lens, q_lens=new_lens,
+    )[0]  # fmt: skip
+
+
+def cached_attention_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lens: torch.Tensor,
+    new_lens: torch.Tensor,
+    scale: float,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`.reference.reference_lse`. Nothing is read on the host."""
+    if q.numel() > 0:
+        _append(k, v, k_cache, v_cache, cache_lens, new_lens)
+    out, lse = flash_forward(
+        q, k_cache, v_cache, scale,
+        causal=True, window=window, q_start=cache_lens, q_lens=new_lens, with_lse=True,
     )  # fmt: skip
+    assert lse is not None
+    return out, lse

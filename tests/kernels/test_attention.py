@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from sparsevila_compile.kernels.attention.op import OP
+from sparsevila_compile.kernels.attention.op import LSE, OP
 from sparsevila_compile.kernels.attention.reference import attend
 from sparsevila_compile.kernels.triton_support import cuda_or_interpreter, needs_cuda
 from tests.kernels.compare import (
@@ -264,6 +265,98 @@ except RuntimeError as error:
 def test_kernels_can_run_here(device: torch.device) -> None:
     """The Triton tests above ran: on a GPU or in the interpreter, never skipped."""
     assert cuda_or_interpreter(device) is None
+
+
+_LSE_BOUND = 1e-5
+"""Scores are float32 sums of exact products whatever the inputs' dtype, and so is their log."""
+
+
+def naive_lse(
+    q: torch.Tensor, k: torch.Tensor, restriction: Restriction, scale: float
+) -> torch.Tensor:
+    """log(sum of exp) by definition, one row at a time: [B, Hq, S]."""
+    batch, heads, length, _ = q.shape
+    group = heads // k.shape[1]
+    lse = torch.zeros(batch, heads, length, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(length):
+                keys = [j for j in range(length) if restriction.sees(i, j)]
+                if keys:
+                    scores = [float(q[b, h, i] @ k[b, h // group, j]) for j in keys]
+                    lse[b, h, i] = math.log(sum(math.exp(scale * s) for s in scores))
+    return lse
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_lse_naive(case: str) -> None:
+    restriction, cpu = SMALL[case], torch.device("cpu")
+    q, k, v = qkv(cpu, torch.float64, 1 if restriction.cu_seqlens else 2, (4, 2), 13, 8)
+    args = (q, k, v, restriction.args(cpu)[0], 0.3, *restriction.args(cpu)[1:])
+    out, lse = LSE.overload(*args)
+    assert torch.equal(out, OP.overload(*args))
+    assert lse.dtype == torch.float64
+    naive = naive_lse(q, k, restriction, 0.3)
+    if case == "packed, no segment":
+        assert torch.equal(lse, torch.zeros(1, 4, 13, dtype=torch.float64))
+    else:
+        assert_catches_broken(lse, naive, 1e-12)
+
+
+def check_lse(
+    impl: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    restriction: Restriction,
+) -> None:
+    """The rows' log-sum-exp, and that asking for it leaves the attention as it was."""
+    cu, causal, window = restriction.args(q.device)
+    scale = q.shape[-1] ** -0.5
+    exact = LSE.overload(q.double(), k.double(), v.double(), cu, scale, causal, window)
+    out, lse = LSE.overload(q, k, v, cu, scale, causal, window, impl=impl)
+    assert lse.is_contiguous()
+    assert lse.dtype == torch.float32
+    bound = bound_from(
+        eager_attention(q, k, v, restriction.visible(q.shape[2]).to(q.device), scale), exact[0]
+    )
+    assert_close_to(out, exact[0], bound, impl)
+    assert_catches_broken(lse, exact[1], _LSE_BOUND)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
+@pytest.mark.parametrize("case", LARGE)
+def test_lse(case: str, dtype: torch.dtype, device: torch.device) -> None:
+    batch = 1 if LARGE[case].cu_seqlens else 2
+    check_lse("triton", *qkv(device, dtype, batch, (4, 2), 150, 64), LARGE[case])
+
+
+@pytest.mark.parametrize(
+    "dim, heads, length", [(72, (4, 2), 31), (80, (7, 1), 65), (128, (7, 1), 97)]
+)
+def test_lse_head_dims(dim: int, heads: tuple[int, int], length: int, device: torch.device) -> None:
+    q, k, v = qkv(device, torch.bfloat16, 2, heads, length, dim)
+    check_lse("triton", q, k, v, Restriction(causal=True))
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_lse_opcheck(impl: str, device: torch.device) -> None:
+    cu, causal, window = SMALL["packed"].args(device)
+    q, k, v = qkv(device, torch.float32, 1, (4, 2), 13, 16)
+    result = torch.library.opcheck(
+        LSE.overload, (q, k, v, cu, 0.25, causal, window), {"impl": impl}
+    )
+    assert set(result.values()) == {"SUCCESS"}
+    empty = LSE.overload(q[:, :, :0], k[:, :, :0], v[:, :, :0], None, 1.0, True, 0, impl=impl)
+    assert [t.shape for t in empty] == [(1, 0, 4, 16), (1, 4, 0)]
+
+
+def test_lse_choice() -> None:
+    q, k, v = qkv(torch.device("cpu"), torch.bfloat16, 1, (4, 2), 13, 16)
+    assert LSE.choose(torch.device("cuda"), q, k, v, None, 1.0, True, 0).name == "triton"
+    assert LSE.choose(torch.device("cpu"), q, k, v, None, 1.0, True, 0).name == "reference"
 
 
 ENCODER_WINDOWS = tuple(range(0, 4096 + 1, 64))

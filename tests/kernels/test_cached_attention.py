@@ -9,7 +9,7 @@ from sparsevila_compile.kernels.attention.op import OP as ATTENTION
 from sparsevila_compile.kernels.attention.reference import attend
 from sparsevila_compile.kernels.cached_attention import split_kv
 from sparsevila_compile.kernels.cached_attention import triton as cached_triton
-from sparsevila_compile.kernels.cached_attention.op import OP
+from sparsevila_compile.kernels.cached_attention.op import LSE, OP
 from tests.kernels.caches import Case, KeysOf, check, device_for, run
 from tests.kernels.compare import (
     assert_catches_broken,
@@ -257,3 +257,56 @@ def test_captured_in_a_graph(rows: int) -> None:
         fresh = OP.overload(*other.args(), scale, 0, impl="triton")
         assert torch.equal(out, fresh)
         assert fresh.float().square().mean() > 0
+
+
+def check_lse(case: Case, impl: str, window: int) -> None:
+    """Output, writes and log-sum-exp of ``cached_attention_lse``."""
+    scale = case.q.shape[-1] ** -0.5
+    wide = case.to(torch.float64)
+    exact, exact_lse = LSE.overload(*wide.args(), scale, window)
+    assert torch.equal(exact, run(OP, "reference", wide, scale, window))
+    args = case.args()
+    out, lse = LSE.overload(*args, scale, window, impl=impl)
+    for cache, expected in zip(args[3:5], case.written(), strict=True):
+        torch.testing.assert_close(cache, expected, rtol=0, atol=0, equal_nan=True)
+    assert_close_to(out, exact, bound_from(case.eager(keys_of(case, window), scale), exact), impl)
+    assert lse.dtype == torch.float32
+    assert_catches_broken(lse, exact_lse, 1e-5)
+    padding = torch.arange(case.q.shape[2], device=lse.device) >= case.new_lens[:, None]
+    assert padding.any()
+    assert (lse.transpose(1, 2)[padding] == 0).all()
+
+
+def test_lse_naive() -> None:
+    """Against scores written out, row by row, with an overflowing cache and padding."""
+    case = Case.random(CPU, torch.float64, (4, 2), 8, 4, 12, lens=[0, 5, 10], news=[4, 1, 4])
+    lse = LSE.overload(*case.args(), 0.3, 3)[1]
+    k_cache = case.written()[0]
+    naive = torch.zeros(3, 4, 4, dtype=torch.float64)
+    for b in range(3):
+        for h in range(4):
+            for i in range(4):
+                keys = keys_of(case, 3)(b, h // 2, i)
+                if keys:
+                    scores = k_cache[b, h // 2, keys] @ case.q[b, h, i]
+                    naive[b, h, i] = (0.3 * scores).exp().sum().log()
+    assert_catches_broken(lse, naive, 1e-12)
+
+
+@pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize("rows", [5, 37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_lse(dtype: torch.dtype, rows: int, window: int, device: torch.device) -> None:
+    lens, news = [0, 100, 134, 150, 171], [rows, 3, rows, 0, 5]
+    case = Case.random(device, dtype, (4, 2), 64, rows, 171, lens, news)
+    check_lse(case, "triton", window)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_lse_opcheck(impl: str, device: torch.device) -> None:
+    case = Case.random(device, torch.float32, (4, 2), 16, 2, 9, lens=[3, 0], news=[2, 1])
+    filled = case.written()  # opcheck compares caches by value: no NaN
+    args = (*case.args()[:3], *(c.nan_to_num(0.0) for c in filled), *case.args()[5:], 0.25, 0)
+    result = torch.library.opcheck(LSE.overload, args, {"impl": impl})
+    assert set(result.values()) == {"SUCCESS"}
+    assert LSE.choose(torch.device("cuda"), *args).name == "triton"
