@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sparsevila_compile import hf
+from sparsevila_compile.decoding import Decoder, Sampling, generate_tokens
 from sparsevila_compile.engine import Engine, Feed, KVCache, Retrieved
 from sparsevila_compile.errors import UserError
 from sparsevila_compile.prompt import Picture, PromptReader, Row, compact_positions
@@ -116,6 +117,7 @@ class Conversation:
         self.rows = [Held() for _ in range(batch)]
         self.cache: KVCache | None = None
         self.usage = Usage()
+        self._decoder: Decoder | None = None
 
     def generate(
         self,
@@ -153,8 +155,17 @@ class Conversation:
         new_tokens = self._room(tools, prompt.shape[1])
         processors = tools.processors(prompt, logits_processor)
         criteria = tools.criteria(stopping_criteria, tokenizer)
+        ends, limit = tools.plain_stop(criteria, device)
+        sampling = Sampling(
+            processors,
+            criteria,
+            draw=bool(tools.config.do_sample),
+            ends=ends,
+            limit=limit or prompt.shape[1] + new_tokens,
+            watched=streamer is not None or bool(logits_processor),
+        )
         logits, retrieved = self._feed(rows, query_start, new_tokens)
-        return self._loop(prompt, logits, retrieved, tools, processors, criteria, streamer)
+        return self._answer(prompt, logits, retrieved, tools, sampling, streamer)
 
     @staticmethod
     def _room(tools: hf.GenerationTools, prompt: int) -> int:
@@ -337,67 +348,51 @@ class Conversation:
 
     # -------------------------------------------------------------- generation
 
-    def _loop(
+    def _answer(
         self,
-        sequence: torch.Tensor,
+        prompt: torch.Tensor,
         logits: torch.Tensor,
         retrieved: Retrieved | None,
         tools: hf.GenerationTools,
-        processors: Any,
-        criteria: Any,
+        sampling: Sampling,
         streamer: Any,
     ) -> torch.Tensor:
-        cache = self.cache
+        cache, length = self.cache, prompt.shape[1]
         assert cache is not None
-        sample = bool(tools.config.do_sample)
-        batch = len(self.rows)
-        going = torch.ones(batch, dtype=torch.bool, device=sequence.device)
-        positions = [held.next for held in self.rows]
+        if self._decoder is None or self._decoder.cache is not cache:
+            self._decoder = Decoder(self.engine, cache)
+        decoder, before = self._decoder, list(cache.lens)
+        ends = prompt.new_empty(0) if sampling.ends is None else sampling.ends
+        decoder.begin([held.next for held in self.rows], retrieved, tools.pad_token_id, ends)
+        sequence = prompt.new_full((len(prompt), sampling.limit), tools.pad_token_id)
+        sequence[:, :length] = prompt
         if streamer is not None:
-            streamer.put(sequence.cpu())
-        generated = 0
-        while True:
-            scores = processors(sequence, logits.float())
-            if sample:
-                token = torch.multinomial(torch.softmax(scores, -1), 1)[:, 0]
-            else:
-                token = scores.argmax(-1)
-            token = torch.where(going, token, tools.pad_token_id)
-            sequence = torch.cat([sequence, token[:, None]], dim=1)
-            generated += 1
-            if streamer is not None:
-                streamer.put(token.cpu())
-            active = going.tolist()
-            going = going & ~criteria(sequence, scores)
-            values = token.tolist()
-            if not bool(going.any()):
-                self._note(values, active, positions, cached=False)
-                break
-            # A row that has just ended need not cache its last token either.
-            alive = going.tolist()
-            logits = self.engine.decode(cache, token, positions, alive, retrieved)
-            self._note(values, alive, positions, cached=True)
-            ended = [a and not g for a, g in zip(active, alive, strict=True)]
-            self._note(values, ended, positions, cached=False)
-            positions = [p + int(a) for p, a in zip(positions, alive, strict=True)]
+            streamer.put(prompt.cpu())
+        try:
+            generate_tokens(decoder, sequence, length, logits, sampling, streamer)
+        except BaseException:
+            self._note(sequence[:, length:], before, ended=0)
+            raise
+        new = self._note(sequence[:, length:], before, ended=1)
         if streamer is not None:
             streamer.end()
-        self.usage.new_tokens = generated
-        return sequence
+        self.usage.new_tokens = new
+        return sequence[:, : length + new]
 
-    def _note(
-        self, tokens: list[int], active: list[bool], positions: list[int], *, cached: bool
-    ) -> None:
-        """Record generated tokens; an answer's last one is not in the cache until the next turn."""
-        for held, token, on, position in zip(self.rows, tokens, active, positions, strict=True):
-            if not on:
-                continue
-            if cached:
-                yes, no = torch.tensor([True]), torch.tensor([False])
-                held.extend(torch.tensor([token]), yes, no, torch.tensor([position]))
-                held.next, held.answered = position + 1, len(held.ids)
-            else:
-                held.answered = len(held.ids) + 1
+    def _note(self, new: torch.Tensor, before: list[int], ended: int) -> int:
+        """Record what decode has cached; an answer's last token is not, until the next turn."""
+        assert self.cache is not None
+        assert self._decoder is not None
+        lens: list[int] = self._decoder.lens.tolist()
+        tokens = new.cpu()
+        for held, row, was, now in zip(self.rows, tokens, before, lens, strict=True):
+            n = now - was
+            yes = torch.ones(n, dtype=torch.bool)
+            held.extend(row[:n], yes, ~yes, torch.arange(held.next, held.next + n))
+            held.next += n
+            held.answered = len(held.ids) + ended
+        self.cache.lens = lens
+        return max(now - was for was, now in zip(before, lens, strict=True)) + 1
 
 
 def _shifted(picture: Picture, by: int) -> Picture:

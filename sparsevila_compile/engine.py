@@ -1,12 +1,12 @@
 """Runs a program's graphs: vision, prefill in chunks, retrieval, decode, over preallocated caches.
 
-The engine works on rows of tokens that are already laid out (see ``conversation``); it keeps
-lengths on the host and never reads results back, so a decode step needs no synchronisation of its
-own.
+The engine works on rows of tokens that are already laid out (see ``conversation``) and keeps
+lengths on the host; between turns ``decoding`` advances them on the device.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,12 @@ from sparsevila_compile.program import Program
 from sparsevila_compile.prompt import Picture
 
 PREFILL_CHUNK = 8192
+"""Tokens a row that prefill feeds at a time: what bounds the memory of its activations."""
+
+VISION_CHUNK = 16384
+"""Patches that the encoder takes at a time, where a single picture has no more."""
+
+_KEPT_GRIDS = 8
 
 
 class KVCache:
@@ -110,6 +116,7 @@ class Engine:
         self.modules = {n: c.module(program.weights) for n, c in program.components.items()}
         self._inputs = {n: c.inputs for n, c in program.components.items()}
         self._outputs = {n: c.outputs for n, c in program.components.items()}
+        self._grids: dict[Any, dict[str, torch.Tensor]] = {}
         self.axes = 3 if family.rope == "mrope" else 1
 
     def run(self, component: str, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -129,15 +136,46 @@ class Engine:
             "pixel_values": pixels.to(device=self.device, dtype=self.program.dtype)
         }
         if self.family.precomputed:
-            grid = torch.tensor([p.grid for p in pictures])
-            host = hf.host_vision_inputs(self.program.config, self.family.precomputed, grid)
-            inputs |= {k: v.to(self.device) for k, v in host.items()}
+            inputs |= self._grid_inputs(tuple(p.grid for p in pictures if p.grid))
         if self.program.prune is not None:
             inputs |= self._segments(prompts)
         return inputs
 
+    def _grid_inputs(self, grids: tuple[tuple[int, int, int], ...]) -> dict[str, torch.Tensor]:
+        """What depends on the pictures' sizes alone; the last few are kept on the device."""
+        known = self._grids.pop(grids, None)
+        if known is None:
+            names, config = self.family.precomputed, self.program.config
+            host = hf.host_vision_inputs(config, names, torch.tensor(grids))
+            known = {k: v.to(self.device) for k, v in host.items()}
+        self._grids[grids] = known
+        if len(self._grids) > _KEPT_GRIDS:
+            del self._grids[next(iter(self._grids))]
+        return known
+
+    def _groups(self, prompts: list[list[Picture]]) -> list[list[list[Picture]]]:
+        """Pictures that one run of the encoder takes, by prompt: about ``VISION_CHUNK`` patches.
+
+        Pictures that compete for one budget stay together; so does a picture, however large.
+        """
+        prune = self.program.prune
+        if prune is not None and prune.budget == "prompt":
+            return [prompts]
+        unit, groups, size = self.program.layout.merge_unit, [], VISION_CHUNK
+        group: list[list[Picture]] = []
+        for prompt in prompts:
+            group.append([])
+            for picture in prompt:
+                patches = picture.tokens * unit
+                if size + patches > VISION_CHUNK:
+                    group, size = [[]], 0
+                    groups.append(group)
+                group[-1].append(picture)
+                size += patches
+        return groups
+
     def encode(self, prompts: list[list[Picture]]) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
-        """Visual tokens of new pictures, by prompt.
+        """Visual tokens of new pictures, by prompt, at most ``VISION_CHUNK`` patches at a time.
 
         Returns:
             ``visual_tokens`` ``[kept, width]`` in prompt order, and for every picture the indices
@@ -147,11 +185,20 @@ class Engine:
             width = int(self.program.config["text_config"]["hidden_size"])
             empty = torch.empty((0, width), dtype=self.program.dtype, device=self.device)
             return empty, [[] for _ in prompts]
-        out = self.run("vision", self.vision_inputs(prompts))
+        runs = [(g, self.run("vision", self.vision_inputs(g))) for g in self._groups(prompts)]
+        visual = [out["visual_tokens"] for _, out in runs]
+        tokens = visual[0] if len(visual) == 1 else torch.cat(visual)
         if self.program.prune is None:
             everything = [[torch.arange(p.tokens) for p in prompt] for prompt in prompts]
-            return out["visual_tokens"], everything
-        return out["visual_tokens"], self._by_picture(out["kept"].cpu(), prompts)
+            return tokens, everything
+        # One wait for the device, whatever the number of runs.
+        chosen = torch.cat([out["kept"] for _, out in runs]).cpu()
+        kept: list[torch.Tensor] = []
+        for group, out in runs:
+            mine, chosen = chosen[: len(out["kept"])], chosen[len(out["kept"]) :]
+            kept += itertools.chain.from_iterable(self._by_picture(mine, group))
+        flat = iter(kept)
+        return tokens, [list(itertools.islice(flat, len(prompt))) for prompt in prompts]
 
     def budgets(self, pictures: list[Picture]) -> list[tuple[int, int]]:
         """Runs of one prompt's visual tokens that compete, and how many each keeps."""
@@ -300,58 +347,27 @@ class Engine:
         tails = [t if len(c) else 0 for t, c in zip(tails, columns, strict=True)]
         counts = [len(c) for c in columns]
         keep = [keep_count(spec.keep_ratio, n) for n in counts]
-        common = {
-            "columns": _pad_rows(columns, -1).to(device=self.device, dtype=torch.int32),
-            "counts": torch.tensor(counts, device=self.device),
-            "keep": torch.tensor(keep, device=self.device),
-            "slots": torch.arange(max(keep), device=self.device),
-            "fixed": _pad_rows(fixed, -1).to(device=self.device, dtype=torch.int32),
-        }
-        index = {
-            name.replace("scores_", "index_"): self.run("retrieve", {"scores": value, **common})[
-                "index"
-            ]
-            for name, value in scores.items()
-        }
+        layers = len(scores)
+
+        def every(rows: torch.Tensor) -> torch.Tensor:
+            """The batch once for each layer: all layers choose in one run."""
+            return rows.to(self.device).repeat(layers, *[1] * (rows.ndim - 1))
+
+        chosen = self.run(
+            "retrieve",
+            {
+                "scores": torch.cat(list(scores.values())),
+                "columns": every(_pad_rows(columns, -1).to(torch.int32)),
+                "counts": every(torch.tensor(counts)),
+                "keep": every(torch.tensor(keep)),
+                "slots": torch.arange(max(keep), device=self.device),
+                "fixed": every(_pad_rows(fixed, -1).to(torch.int32)),
+            },
+        )["index"]
+        names = [name.replace("scores_", "index_") for name in scores]
+        index = dict(zip(names, chosen.chunk(layers), strict=True))
         start = torch.tensor(tails, dtype=torch.int32, device=self.device)
         return Retrieved(index, start, sum(keep))
-
-    def decode(
-        self,
-        cache: KVCache,
-        tokens: torch.Tensor,
-        positions: list[int],
-        active: list[bool],
-        retrieved: Retrieved | None,
-    ) -> torch.Tensor:
-        """One token a row.
-
-        Args:
-            tokens: int64 ``[batch]`` on the device.
-            positions: position of each token.
-            active: rows that are not finished; others write nothing.
-
-        Returns:
-            Logits ``[batch, vocabulary]``.
-        """
-        batch = cache.batch
-        at = torch.tensor(positions, device=self.device)[:, None]
-        inputs: dict[str, Any] = {
-            "inputs_embeds": self.run("embed", {"input_ids": tokens[:, None]})["inputs_embeds"],
-            "position_ids": at.expand(3, -1, -1) if self.axes == 3 else at,
-            "logit_rows": torch.zeros((batch, 1), dtype=torch.int64, device=self.device),
-            "cache_lens": cache.lengths(),
-            "new_lens": torch.tensor(active, device=self.device).to(torch.int32),
-            **cache.tensors,
-        }
-        if retrieved is None:
-            out = self.run("language", inputs)
-        else:
-            inputs |= retrieved.index
-            inputs["tail_start"] = retrieved.tail_start
-            out = self.run("decode", inputs)
-        cache.lens = [n + int(a) for n, a in zip(cache.lens, active, strict=True)]
-        return out["logits"][:, 0]
 
 
 def _pad_rows(rows: list[torch.Tensor], fill: float) -> torch.Tensor:

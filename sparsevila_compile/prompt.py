@@ -6,7 +6,6 @@ on the full prompt, and lays out pruning budgets. Nothing here knows caches.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from sparsevila_compile import hf
+from sparsevila_compile.digest import digests
 from sparsevila_compile.errors import UserError
 from sparsevila_compile.families import Family, Modality
 from sparsevila_compile.program import Program
@@ -143,9 +143,10 @@ class PromptReader:
                 part = pixels[start : start + size]
                 parts.append((part, grid, size // self.layout.merge_unit, grid[0]))
                 start += size
+        known = digests([p[0] for p in parts], [repr(p[1]) for p in parts])
         return [
-            Picture(modality, -1, tokens, frames, part, shape, _digest(part, shape))
-            for part, shape, tokens, frames in parts
+            Picture(modality, -1, tokens, frames, part, shape, digest)
+            for (part, shape, tokens, frames), digest in zip(parts, known, strict=True)
         ]
 
     def _pictures(self, ids: torch.Tensor, supplies: dict[str, list[Picture]]) -> list[Picture]:
@@ -212,12 +213,6 @@ def _time(pictures: list[Picture], seconds: list[float]) -> None:
     videos = [p for p in pictures if p.modality.name == "video"]
     for video, step in zip(videos, seconds, strict=True):
         video.digest += repr(step).encode()
-
-
-def _digest(pixels: torch.Tensor, grid: tuple[int, int, int] | None) -> bytes:
-    digest = hashlib.blake2b(repr((tuple(pixels.shape), grid)).encode(), digest_size=16)
-    digest.update(pixels.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.digest()
 
 
 def compact_positions(

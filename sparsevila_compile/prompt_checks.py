@@ -11,10 +11,10 @@ from sparsevila_compile.errors import UserError
 from sparsevila_compile.families import Modality, patch_values
 
 
-def _tensor(name: str, value: Any) -> torch.Tensor:
+def _tensor(name: str, value: Any, fetch: bool = True) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise UserError(f"{name} must be a torch tensor, not a {type(value).__name__}")
-    return value.detach().cpu()
+    return value.detach().cpu() if fetch else value.detach()
 
 
 def _integers(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -61,7 +61,8 @@ def check_ids(
 
 
 def check_pixels(modality: Modality, pixels: Any, vision: dict[str, Any]) -> torch.Tensor:
-    """Pixels of one kind of picture, on the CPU: ``[pictures, channels, H, W]`` or ``[patches, values]``.
+    """Pixels of one kind of picture, where they lie: ``[pictures, channels, H, W]`` or ``[patches,
+    values]``.
 
     Args:
         pixels: the processor's.
@@ -71,7 +72,7 @@ def check_pixels(modality: Modality, pixels: Any, vision: dict[str, Any]) -> tor
         UserError: not what the encoder takes.
     """
     name = modality.pixels
-    checked = _tensor(name, pixels)
+    checked = _tensor(name, pixels, fetch=False)
     if not checked.is_floating_point():
         raise UserError(
             f"{name} must be a floating tensor, not of {checked.dtype}; let the processor rescale and normalise"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
 from PIL import Image
 
 from sparsevila_compile.errors import UserError
@@ -104,7 +105,7 @@ class Session:
             text = processor.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False
             )
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, TemplateError) as error:
             if getattr(processor, "chat_template", None) is None:
                 raise UserError(
                     "this checkpoint's processor has no chat template; call generate() with prompts of your own"

@@ -156,3 +156,19 @@ class GenerationTools:
             raise UserError(
                 f"generate: stop_strings, eos_token_id or max_time is of a wrong type: {explain(error)}"
             ) from error
+
+    @staticmethod
+    def plain_stop(criteria: Any, device: torch.device) -> tuple[torch.Tensor | None, int | None]:
+        """End tokens (int64) and length limit, where ``criteria`` are nothing but those; else None."""
+        from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+        ends = torch.empty(0, dtype=torch.int64, device=device)
+        limits: list[int] = []
+        for one in criteria:
+            if type(one) is MaxLengthCriteria:
+                limits.append(int(one.max_length))
+            elif type(one) is EosTokenCriteria:
+                ends = torch.cat([ends, one.eos_token_id.to(ends).reshape(-1)])
+            else:
+                return None, None
+        return ends, min(limits, default=None)
