@@ -158,7 +158,7 @@ class PruneVisualTokens(Pass[PruneVisualTokensConfig]):
             return edit.call(target, *args, before=node, origin=node)  # type: ignore[arg-type]
 
         def reduce(rows: object) -> fx.Node:
-            arguments = (rows, k, None, cu_seqlens, None, None, None, scale, False, "mean")
+            arguments = (rows, k, None, cu_seqlens, None, None, None, None, scale, False, "mean")
             return call(COLUMN_REDUCE, *arguments)
 
         prefix = layout.prefix_tokens

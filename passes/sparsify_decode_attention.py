@@ -149,6 +149,7 @@ class SparsifyDecodeAttention(Pass[SparsifyDecodeAttentionConfig]):
             turn.input("cache_lens"),
             None,
             turn.input("score_columns"),
+            None,
             scale,
             True,
             heads,

@@ -22,6 +22,7 @@ def check_arguments(
     q_start: Tensor | None,
     k_lens: Tensor | None,
     columns: Tensor | None,
+    row_lse: Tensor | None,
     causal: bool,
     heads: str,
 ) -> None:
@@ -45,6 +46,8 @@ def check_arguments(
         raise ValueError("column_reduce: packed segments take neither causal nor k_lens")
     if row_weights is not None and (row_weights.dim(), row_weights.dtype) != (2, torch.float32):
         raise ValueError("column_reduce: row_weights is float32 [B, M]")
+    if row_lse is not None and (row_lse.dim(), row_lse.dtype) != (3, torch.float32):
+        raise ValueError("column_reduce: row_lse is float32 [B, Hq, M]")
     for name, tensor, rank in (
         ("cu_seqlens", cu_seqlens, 1),
         ("q_start", q_start, 1),
@@ -63,6 +66,7 @@ def check_sizes(
     q_start: Tensor | None,
     k_lens: Tensor | None,
     columns: Tensor | None,
+    row_lse: Tensor | None,
 ) -> None:
     """Raise ValueError where batch sizes or lengths disagree. Reads shapes, never values."""
     batch, rows = q.shape[0], q.shape[2]
@@ -72,6 +76,10 @@ def check_sizes(
     if row_weights is not None and row_weights.shape != (batch, rows):
         raise ValueError(
             f"column_reduce: row_weights is {tuple(row_weights.shape)}, not {(batch, rows)}"
+        )
+    if row_lse is not None and row_lse.shape != q.shape[:3]:
+        raise ValueError(
+            f"column_reduce: row_lse is {tuple(row_lse.shape)}, not {tuple(q.shape[:3])}"
         )
     if cu_seqlens is not None:
         if batch != 1 or k.shape[2] != rows:

@@ -13,7 +13,7 @@ from .triton import column_reduce_triton, triton_supports
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor? row_weights, Tensor? cu_seqlens, Tensor? q_start, "
-    "Tensor? k_lens, Tensor? columns, float scale, bool causal, str heads, "
+    "Tensor? k_lens, Tensor? columns, Tensor? row_lse, float scale, bool causal, str heads, "
     '*, str impl="reference") -> Tensor'
 )
 
@@ -26,11 +26,12 @@ def _fake(
     q_start: Tensor | None,
     k_lens: Tensor | None,
     columns: Tensor | None,
+    row_lse: Tensor | None,
     scale: float,
     causal: bool,
     heads: str,
 ) -> Tensor:
-    check_arguments(q, k, row_weights, cu_seqlens, q_start, k_lens, columns, causal, heads)
+    check_arguments(q, k, row_weights, cu_seqlens, q_start, k_lens, columns, row_lse, causal, heads)
     width = k.shape[2] if columns is None else columns.shape[1]
     return q.new_empty((q.shape[0], output_groups(q, k, heads), width), dtype=torch.float32)
 

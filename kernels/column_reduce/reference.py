@@ -22,6 +22,7 @@ def column_reduce(
     q_start: Tensor | None,
     k_lens: Tensor | None,
     columns: Tensor | None,
+    row_lse: Tensor | None,
     scale: float,
     causal: bool,
     heads: str,
@@ -46,6 +47,11 @@ def column_reduce(
             anything. None: all N exist.
         columns: int ``[B, V]``, the keys to report, in this order, repeats allowed. Negative
             entries are padding; they and keys that do not exist report 0. None: all N.
+        row_lse: float32 ``[B, Hq, M]``, the natural logarithm of the sum of ``exp(scale * q k^T)``
+            over *all* keys that the row attends, as the attention's forward has it: then
+            ``P = exp(scale * q k^T - row_lse)`` and no second product is needed. Taken as it is: a
+            wrong value gives a wrong result. Infinite, of either sign: the row adds nothing. Never
+            read where the row's weight is 0. None: computed here.
         heads: ``"mean"`` (G = 1, all heads), ``"kv"`` (G = Hkv, the heads that share a key head)
             or ``"none"`` (G = Hq).
 
@@ -61,8 +67,8 @@ def column_reduce(
     One op for the salience of SparseVILA (arXiv 2510.17777, Alg. 2 and 3), FastV, AdaptInfer and
     SnapKV, which differ in rows, weights and columns alone.
     """
-    check_arguments(q, k, row_weights, cu_seqlens, q_start, k_lens, columns, causal, heads)
-    check_sizes(q, k, row_weights, cu_seqlens, q_start, k_lens, columns)
+    check_arguments(q, k, row_weights, cu_seqlens, q_start, k_lens, columns, row_lse, causal, heads)
+    check_sizes(q, k, row_weights, cu_seqlens, q_start, k_lens, columns, row_lse)
     batch, q_heads, rows, _ = q.shape
     length, groups = k.shape[2], output_groups(q, k, heads)
     starts = [0] * batch if q_start is None else q_start.tolist()
@@ -87,6 +93,7 @@ def column_reduce(
                 q[b, :, first_row + used],
                 k[b, :, first_key:last_key],
                 weights[used],
+                None if row_lse is None else row_lse[b, :, first_row + used],
                 starts[b] + used if causal else None,
                 scale,
             )
@@ -113,12 +120,17 @@ def _spans(cu_seqlens: Tensor | None, rows: int, keys: int) -> Iterator[tuple[in
 
 
 def _span_sums(
-    q: Tensor, k: Tensor, weights: Tensor, last_key: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    lse: Tensor | None,
+    last_key: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """Weighted column sums per query head, float32 ``[Hq, n]``.
 
-    q ``[Hq, r, D]``, k ``[Hkv, n, D]``, weights ``[r]``; last_key ``[r]``: the last key that each
-    row sees, or None for all.
+    q ``[Hq, r, D]``, k ``[Hkv, n, D]``, weights ``[r]``; lse ``[Hq, r]`` or None: computed here;
+    last_key ``[r]``: the last key that each row sees, or None for all.
     """
     q_heads, rows, _ = q.shape
     keys = k.shape[1]
@@ -127,12 +139,15 @@ def _span_sums(
     step = max(1, SCORES_BYTES // (4 * q_heads * keys))
     for start in range(0, rows, step):
         chunk = slice(start, start + step)
+        known = None if lse is None else lse[:, chunk]
         seen = None if last_key is None else last_key[chunk]
-        sums += _chunk_sums(q[:, chunk].float() * scale, keys_t, weights[chunk], seen)
+        sums += _chunk_sums(q[:, chunk].float() * scale, keys_t, weights[chunk], known, seen)
     return sums
 
 
-def _chunk_sums(q: Tensor, keys_t: Tensor, weights: Tensor, last_key: Tensor | None) -> Tensor:
+def _chunk_sums(
+    q: Tensor, keys_t: Tensor, weights: Tensor, lse: Tensor | None, last_key: Tensor | None
+) -> Tensor:
     """As :func:`_span_sums` for few enough rows; here, and here alone, their scores exist."""
     q_heads, rows, dim = q.shape
     kv_heads, _, keys = keys_t.shape
@@ -141,6 +156,9 @@ def _chunk_sums(q: Tensor, keys_t: Tensor, weights: Tensor, last_key: Tensor | N
     if last_key is not None:
         hidden = torch.arange(keys, device=q.device) > last_key[:, None]
         scores.masked_fill_(hidden, float("-inf"))
+    if lse is not None:
+        scores.sub_(lse.masked_fill(lse == float("-inf"), float("inf"))[:, :, None]).exp_()
+        return weights @ scores
     peak = scores.amax(-1, keepdim=True)
     scores.sub_(peak.masked_fill_(peak == float("-inf"), 0.0)).exp_()
     total = scores.sum(-1)

@@ -44,6 +44,7 @@ def triton_supports(
     q_start: Tensor | None,
     k_lens: Tensor | None,
     columns: Tensor | None,
+    row_lse: Tensor | None,
     scale: float,
     causal: bool,
     heads: str,
@@ -266,6 +267,7 @@ def column_reduce_triton(
     q_start: Tensor | None,
     k_lens: Tensor | None,
     columns: Tensor | None,
+    row_lse: Tensor | None,
     scale: float,
     causal: bool,
     heads: str,
@@ -275,10 +277,10 @@ def column_reduce_triton(
     Raises:
         ValueError: arguments that do not fit together, or a dtype or head dim over the limits.
     """
-    check_arguments(q, k, row_weights, cu_seqlens, q_start, k_lens, columns, causal, heads)
-    check_sizes(q, k, row_weights, cu_seqlens, q_start, k_lens, columns)
+    check_arguments(q, k, row_weights, cu_seqlens, q_start, k_lens, columns, row_lse, causal, heads)
+    check_sizes(q, k, row_weights, cu_seqlens, q_start, k_lens, columns, row_lse)
     reason = triton_supports(
-        q, k, row_weights, cu_seqlens, q_start, k_lens, columns, scale, causal, heads
+        q, k, row_weights, cu_seqlens, q_start, k_lens, columns, row_lse, scale, causal, heads
     )
     if reason is not None:
         raise ValueError(f"column_reduce/triton: {reason}")
@@ -315,10 +317,13 @@ def column_reduce_triton(
     lse = parts[0] if splits == 1 else torch.empty_like(parts[0])
     out = torch.empty(shape, dtype=torch.float32, device=q.device)
     with on_device(q):
-        _row_lse[(batch * groups * row_blocks, splits)](
-            q, k, first_key, end_key, weights, parts, scale_log2, *strides,
-            batch, rows, keys, row_blocks, SPLITS=splits, **shared,
-        )  # fmt: skip
+        if row_lse is not None:
+            lse, splits = (row_lse * math.log2(math.e)).contiguous(), 0
+        else:
+            _row_lse[(batch * groups * row_blocks, splits)](
+                q, k, first_key, end_key, weights, parts, scale_log2, *strides,
+                batch, rows, keys, row_blocks, SPLITS=splits, **shared,
+            )  # fmt: skip
         if splits > 1:
             _combine_lse[(cdiv(lse.numel(), 128),)](
                 *(parts, lse, lse.numel()),

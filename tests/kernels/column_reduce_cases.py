@@ -24,6 +24,7 @@ class Case:
     q_start: Tensor | None = None
     k_lens: Tensor | None = None
     columns: Tensor | None = None
+    row_lse: Tensor | None = None
     scale: float = 0.0
     causal: bool = False
     heads: str = "mean"
@@ -99,7 +100,11 @@ def naive(c: Case) -> Tensor:
                 continue
             for h in range(q_heads):
                 key = c.k[b, h * kv_heads // q_heads, first:end].double()
-                p = torch.softmax(key @ c.q[b, h, i].double() * c.scale, 0)
+                scores = key @ c.q[b, h, i].double() * c.scale
+                if c.row_lse is None:
+                    p = torch.softmax(scores, 0)
+                else:
+                    p = torch.exp(scores - float(c.row_lse[b, h, i]))
                 sums[b, h, first:end] += weight * p
     groups = {"mean": 1, "kv": kv_heads, "none": q_heads}[c.heads]
     pooled = sums.reshape(batch, groups, q_heads // groups, keys).mean(2)
@@ -136,7 +141,13 @@ def eager(c: Case) -> Tensor:
     q = c.q.masked_fill((weights == 0)[:, None, :, None], 0)
     k = c.k.masked_fill(~seen.any(1)[:, None, :, None], 0).repeat_interleave(sharing, 1)
     scores = (q @ k.transpose(2, 3) * c.scale).masked_fill(~seen[:, None], float("-inf"))
-    p = torch.softmax(scores, -1).nan_to_num(0.0)
+    if c.row_lse is None:
+        p = torch.softmax(scores, -1).nan_to_num(0.0)
+    else:
+        p = torch.exp(
+            scores
+            - c.row_lse.masked_fill(~c.row_lse.isfinite(), float("inf")).to(scores)[..., None]
+        )
     sums = (weights[:, None, :, None].to(p.dtype) * p).sum(2)
     groups = {"mean": 1, "kv": c.k.shape[1], "none": q_heads}[c.heads]
     pooled = sums.reshape(batch, groups, -1, keys).mean(2)
@@ -176,6 +187,22 @@ def nan_rows(c: Case) -> Case:
     unused = (c.row_weights == 0)[:, None, :, None]
     assert unused.any()
     return replace(c, q=c.q.masked_fill(unused, float("nan")))
+
+
+def with_lse(c: Case) -> Case:
+    """The case with its row_lse given: NaN where a row has no weight, -inf where it sees nothing."""
+    batch, q_heads, rows, _ = c.q.shape
+    lse = torch.full((batch, q_heads, rows), float("-inf"))
+    ones = replace(c, row_weights=None, columns=None, heads="none")
+    for i in range(rows):
+        # One row alone, unnormalised: exp(score - 0) summed over what it sees.
+        alone = torch.zeros(batch, rows)
+        alone[:, i] = 1
+        sums = naive(replace(ones, row_weights=alone, row_lse=torch.zeros(batch, q_heads, rows)))
+        lse[:, :, i] = sums.sum(-1).log().float()
+    if c.row_weights is not None:
+        lse.masked_fill_((c.row_weights == 0)[:, None], float("nan"))
+    return replace(c, row_lse=lse)
 
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -234,6 +261,15 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "packed-columns": lambda: case(
         batch=1, rows=130, keys=130, cu_seqlens=SEGMENTS, columns=padded(1, 130, 40), dtype=BF16
+    ),
+    "lse": lambda: with_lse(case(heads="none")),
+    "lse-bf16": lambda: with_lse(case(dim=80, dtype=BF16)),
+    "lse-causal": lambda: with_lse(
+        case(heads_q=14, rows=11, causal=True, q_start=torch.tensor([-5, 62]), heads="kv")
+    ),
+    "lse-packed": lambda: with_lse(case(batch=1, rows=130, keys=130, cu_seqlens=SEGMENTS)),
+    "lse-weights": lambda: with_lse(
+        nan_rows(case(rows=60, row_weights=sparse_weights(2, 60), k_lens=torch.tensor([75, 50])))
     ),
     "strided": lambda: strided(case(dim=72, dtype=BF16, heads="kv")),
     "strided-fp32": lambda: strided(case(dim=80)),

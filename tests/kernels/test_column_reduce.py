@@ -88,6 +88,7 @@ def test_comparison_catches_broken_results(
         ("rows over chosen columns alone", "split-keys", lambda c: replace(c, k=c.k[:, :, :650])),
         ("segments merged", "packed", lambda c: replace(c, cu_seqlens=c.cu_seqlens[[0, 4, 5]])),
         ("scale doubled", "dim64-bf16", lambda c: replace(c, scale=2 * c.scale)),
+        ("given sums ignored", "lse", lambda c: replace(c, row_lse=c.row_lse + 0.01)),
     ],
 )
 def test_cases_tell_right_from_wrong(
@@ -155,6 +156,8 @@ def test_nan_in_a_used_row_is_not_hidden(impl: str, device: torch.device) -> Non
         ("row_weights is float32", {"row_weights": torch.ones(2, 37).double()}),
         ("row_weights is", {"row_weights": torch.ones(2, 36)}),
         ("columns is an int32 or int64", {"columns": torch.ones(2, 3)}),
+        ("row_lse is float32", {"row_lse": torch.ones(2, 4, 37).double()}),
+        ("row_lse is", {"row_lse": torch.ones(2, 4, 36)}),
         ("k_lens has batch 3", {"k_lens": torch.tensor([1, 2, 3])}),
         ("do not go with", {"k": torch.ones(2, 3, 75, 64)}),
         ("do not go with", {"k": torch.ones(2, 2, 75, 72)}),
@@ -243,7 +246,7 @@ def test_triton_skips_what_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert count(k_lens=torch.tensor([32])) == full // 4
 
 
-@pytest.mark.parametrize("name", ["gqa1", "retrieval", "packed-weights"])
+@pytest.mark.parametrize("name", ["gqa1", "retrieval", "packed-weights", "lse"])
 def test_opcheck(name: str, device: torch.device) -> None:
     c = CASES[name]().on(device)
     torch.library.opcheck(OP.overload, tuple(vars(c).values()))
@@ -260,7 +263,7 @@ def test_lengths_stay_symbolic() -> None:
         def forward(
             self, q: Tensor, k: Tensor, w: Tensor, start: Tensor, columns: Tensor
         ) -> Tensor:
-            return OP.overload(q, k, w, None, start, None, columns, 0.2, True, "kv")
+            return OP.overload(q, k, w, None, start, None, columns, None, 0.2, True, "kv")
 
     def inputs(batch: int, rows: int, keys: int, width: int) -> tuple[Tensor, ...]:
         c = case(batch=batch, rows=rows, keys=keys, heads_q=14)
