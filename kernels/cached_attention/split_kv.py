@@ -1,6 +1,7 @@
-"""Decode attention in Triton: few queries, many keys, the keys split among programs.
+"""Attention of few queries over many keys in Triton, the keys split among programs.
 
-After Dao et al., "Flash-Decoding" (2023): each program attends one share of the keys for all query
+For 2 to a few dozen new tokens a batch row (:mod:`.decode` serves one). After Dao et al.,
+"Flash-Decoding" (2023): each program attends one share of the keys for all query
 heads of a group at once, so that keys and values are loaded once; a second kernel combines the
 shares by their log-sum-exp, in a fixed order. The new tokens are attended from the arguments, and
 the program that attends them also writes them to the cache, where nobody reads them meanwhile.
@@ -27,6 +28,7 @@ from ..triton_support import (
     tl,
     triton,
 )
+from .decode import decode_forward
 
 _MAX_SPLITS = 128
 _COMBINED_AT_ONCE = 16
@@ -254,8 +256,13 @@ def split_kv_forward(
     Arguments as in ``cached_attention`` and ``retrieval_attention``; ``index`` and ``tail_start``
     both or neither. Returns [B, S, Hq, D], contiguous, q's dtype.
     """
-    check_launch("cached_attention" if index is None else "retrieval_attention", q)
     batch, heads, rows, dim = q.shape
+    if rows == 1:
+        return decode_forward(
+            q, k, v, k_cache, v_cache, cache_lens, new_lens, scale,
+            window=window, index=index, tail_start=tail_start,
+        )  # fmt: skip
+    check_launch("cached_attention" if index is None else "retrieval_attention", q)
     kv_heads, capacity = k_cache.shape[1], k_cache.shape[2]
     group = heads // kv_heads
     out = torch.empty((batch, rows, heads, dim), dtype=q.dtype, device=q.device)

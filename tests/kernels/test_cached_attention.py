@@ -146,7 +146,7 @@ def test_strided_caches(impl: str, device: torch.device) -> None:
 def test_splits(splits: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any number of shares gives the same, with more shares than tiles and in a repeated run."""
     monkeypatch.setattr(split_kv, "_splits", lambda programs, tiles, device: splits)
-    case = Case.random(device, torch.float32, (4, 2), 64, 1, 300, lens=[290, 3, 64], news=[1, 1, 1])
+    case = Case.random(device, torch.float32, (4, 2), 64, 2, 300, lens=[290, 3, 64], news=[2, 1, 2])
     check(OP, "triton", case, keys_of(case), 0.125, 0.125, 0)
     assert torch.equal(run(OP, "triton", case, 0.125, 0), run(OP, "triton", case, 0.125, 0))
 

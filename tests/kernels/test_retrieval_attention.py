@@ -147,7 +147,7 @@ def test_index_is_any_view(impl: str, device: torch.device) -> None:
 def test_splits(splits: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any number of shares gives the same: shares of the index, of the tail, of both, of none."""
     monkeypatch.setattr(split_kv, "_splits", lambda programs, tiles, device: splits)
-    case = Case.random(device, torch.float32, (4, 2), 64, 1, 300, lens=[290, 3, 64], news=[1, 1, 1])
+    case = Case.random(device, torch.float32, (4, 2), 64, 2, 300, lens=[290, 3, 64], news=[2, 1, 2])
     tails = [150, 3, 0]
     index, tail_start = random_index(case, tails, 1, 100)
     check(OP, "triton", case, keys_of(case, index, tails), 0.125, index, tail_start, 0.125)

@@ -1,0 +1,375 @@
+"""Decode attention in Triton: one new token a batch row, the keys split among programs.
+
+After Dao et al., "Flash-Decoding" (2023). What makes it fast where a call lasts microseconds:
+
+* Keys are the wide operand: scores are K qT, [keys, heads of a group], and a group of up to eight
+  query heads fills the eight columns that the smallest tensor-core instruction has.
+* A program's share is one list, its slots of the index and then its part of the tail, of which it
+  first counts the slots in use: shares are even whatever the lengths and the padding.
+* The new token is attended from the arguments by the program that also writes it to the cache,
+  where nobody reads it meanwhile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import no_type_check
+
+import torch
+
+from ..attention.triton import LOG2E
+from ..triton_support import (
+    _INTERPRETED,
+    cdiv,
+    check_launch,
+    dot,
+    dot_precision,
+    interpreting,
+    next_power_of_2,
+    on_device,
+    processors,
+    tl,
+    triton,
+)
+
+_MAX_SPLITS = 128
+_COUNTED_AT_ONCE = 4096
+
+
+@triton.jit
+@no_type_check
+def _wait_for_previous():
+    """Until the kernels before this one are done; what precedes overlaps with their end."""
+    if not _INTERPRETED:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+@no_type_check
+def _let_next_start():
+    """The next kernel may be brought onto the processors, up to where it waits for this one."""
+    if not _INTERPRETED:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def _combine(
+    partial, partial_lse, out, splits, rows, used,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    GROUP: tl.constexpr, ALL: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Heads ``rows`` [M] of a group: the shares' results weighted by 2^lse, in their order.
+
+    A share that saw no key (lse -inf) wrote no result and is not read.
+    """
+    every = tl.arange(0, ALL)
+    lses = tl.load(
+        partial_lse + every[:, None] * GROUP + rows[None, :],
+        mask=(every < splits)[:, None] & used[None, :], other=float("-inf"), cache_modifier=".cg",
+    )  # fmt: skip
+    peak = tl.max(lses, 0)
+    shift = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.sum(tl.exp2(lses - shift[None, :]), 0)
+    dims = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(0, splits, CHUNK):
+        some = first + tl.arange(0, CHUNK)
+        lse = tl.load(
+            partial_lse + some[:, None] * GROUP + rows[None, :],
+            mask=(some < splits)[:, None] & used[None, :], other=float("-inf"),
+            cache_modifier=".cg",
+        )  # fmt: skip
+        at = (some[:, None] * GROUP + rows[None, :]) * D
+        value = tl.load(
+            partial + at[:, :, None] + dims[None, None, :],
+            mask=(some < splits)[:, None, None] & (used[:, None] & (dims < D)[None, :])[None, :, :],
+            other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        weight = tl.exp2(lse - shift[None, :])[:, :, None]
+        acc += tl.sum(tl.where(weight > 0, value * weight, 0.0), 0)
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(
+        out + rows[:, None] * D + dims[None, :], result.to(out.dtype.element_ty),
+        mask=used[:, None] & (dims < D)[None, :],
+    )  # fmt: skip
+
+
+_VARYING = [
+    "capacity", "kv_heads", "indexed", "window", "index_stride_b", "index_stride_h",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_VARYING)
+@no_type_check
+def _decode_kernel(
+    q, k, v, k_cache, v_cache, cache_lens, new_lens, index, tail_start,
+    partial, partial_lse, out, arrived,
+    q_stride_b, q_stride_h, q_stride_d,
+    k_stride_b, k_stride_h, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_d,
+    kc_stride_b, kc_stride_h, kc_stride_s, kc_stride_d,
+    vc_stride_b, vc_stride_h, vc_stride_s, vc_stride_d,
+    index_stride_b, index_stride_h, index_stride_i,
+    capacity, kv_heads, indexed, scale, window,
+    GROUP: tl.constexpr, D: tl.constexpr, INDEXED: tl.constexpr, WINDOWED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COUNTED: tl.constexpr,
+    ALL: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """One share of the keys, for the heads of one group. Grid (splits, B * Hkv)."""
+    split = tl.program_id(0)
+    splits = tl.num_programs(0)
+    group = tl.program_id(1).to(tl.int64)
+    b = group // kv_heads
+    kv_h = group % kv_heads
+    if OVERLAP:
+        _wait_for_previous()
+        _let_next_start()
+
+    start = tl.load(cache_lens + b).to(tl.int32)
+    active = tl.load(new_lens + b).to(tl.int32) > 0
+    held = tl.minimum(start, capacity)
+    tail = 0
+    if INDEXED:
+        tail = tl.load(tail_start + b).to(tl.int32)
+
+    heads = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    inside = dims < D
+    q_tile = tl.load(
+        q + b * q_stride_b + (kv_h * GROUP + heads)[None, :] * q_stride_h
+        + dims[:, None] * q_stride_d,
+        mask=inside[:, None] & (heads < GROUP)[None, :], other=0.0,
+    )  # fmt: skip
+    mine = inside & (split == splits - 1)  # the smallest share also takes the new token
+    k_new = tl.load(
+        k + b * k_stride_b + kv_h * k_stride_h + dims * k_stride_d, mask=mine, other=0.0
+    )
+    v_new = tl.load(
+        v + b * v_stride_b + kv_h * v_stride_h + dims * v_stride_d, mask=mine, other=0.0
+    )
+    k_old = k_cache + b * kc_stride_b + kv_h * kc_stride_h
+    v_old = v_cache + b * vc_stride_b + kv_h * vc_stride_h
+
+    # This share: slots split, split + splits, ... of the index up to the last in use, then a run of
+    # the tail.
+    named_end = 0
+    if INDEXED:
+        index_row = index + b * index_stride_b + kv_h * index_stride_h
+        for first in range(0, tl.cdiv(indexed, splits), COUNTED):
+            mine_at = first + tl.arange(0, COUNTED)
+            slot = split + mine_at * splits
+            named = tl.load(
+                index_row + slot.to(tl.int64) * index_stride_i, mask=slot < indexed, other=-1
+            )
+            named_end = tl.maximum(named_end, tl.max(tl.where(named >= 0, mine_at + 1, 0), 0))
+    lowest = tail
+    if WINDOWED:
+        lowest = tl.maximum(tail, start - window + 1)
+    run = tl.cdiv(tl.maximum(held - lowest, 0), splits)
+    run_start = lowest + split * run
+    end = named_end + tl.minimum(tl.maximum(held - run_start, 0), run)
+    end = tl.where(active, end, 0)
+    limit = tl.minimum(tail, held)
+
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
+    lane = tl.arange(0, BLOCK_N)
+    named = tl.zeros([BLOCK_N], tl.int64)
+    if INDEXED:
+        named = tl.load(
+            index_row + (split + lane * splits).to(tl.int64) * index_stride_i,
+            mask=lane < named_end, other=0,
+        ).to(tl.int64)  # fmt: skip
+    for first in range(0, end, BLOCK_N):
+        i = first + lane
+        at = (run_start - named_end + i).to(tl.int64)
+        present = i < end
+        if INDEXED:
+            of_index = i < named_end
+            present = present & (~of_index | ((named >= 0) & (named < limit)))
+            at = tl.where(of_index, named, at)
+            named = tl.load(  # of the next tile
+                index_row + (split + (i + BLOCK_N) * splits).to(tl.int64) * index_stride_i,
+                mask=i + BLOCK_N < named_end, other=0,
+            ).to(tl.int64)  # fmt: skip
+        keys = tl.load(
+            k_old + at[:, None] * kc_stride_s + dims[None, :] * kc_stride_d,
+            mask=present[:, None] & inside[None, :], other=0.0,
+        )  # fmt: skip
+        values = tl.load(
+            v_old + at[None, :] * vc_stride_s + dims[:, None] * vc_stride_d,
+            mask=present[None, :] & inside[:, None], other=0.0,
+        )  # fmt: skip
+        scores = scale * dot(keys, q_tile, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
+        scores = tl.where(present[:, None], scores, float("-inf"))
+        peak_new = tl.maximum(peak, tl.max(scores, 0))
+        shift = tl.where(peak_new == float("-inf"), 0.0, peak_new)  # nothing seen yet
+        p = tl.exp2(scores - shift[None, :])
+        rescale = tl.exp2(peak - shift)
+        total = total * rescale + tl.sum(p, 0)
+        peak = peak_new
+        if not _INTERPRETED:  # there casts to bfloat16 truncate, and dot widens anyway
+            p = p.to(values.dtype)
+        acc = dot(values, p, acc * rescale[None, :], PRECISION)
+
+    if split == splits - 1:
+        kept = active & (start < capacity)
+        position = start.to(tl.int64)
+        tl.store(k_old + position * kc_stride_s + dims * kc_stride_d, k_new, mask=inside & kept)
+        tl.store(v_old + position * vc_stride_s + dims * vc_stride_d, v_new, mask=inside & kept)
+        score = scale * tl.sum(k_new.to(tl.float32)[:, None] * q_tile.to(tl.float32), 0)
+        score = tl.where(kept & (start >= tail), score, float("-inf"))
+        peak_new = tl.maximum(peak, score)
+        shift = tl.where(peak_new == float("-inf"), 0.0, peak_new)
+        p = tl.exp2(score - shift)
+        rescale = tl.exp2(peak - shift)
+        total = total * rescale + p
+        acc = acc * rescale[None, :] + v_new.to(tl.float32)[:, None] * p[None, :]
+        peak = peak_new
+
+    used = heads < GROUP
+    divisor = tl.where(total > 0, total, 1.0)
+    lse = tl.where(total > 0, peak + tl.log2(divisor), float("-inf"))
+    slot = (group * splits + split) * GROUP + heads
+    tl.store(partial_lse + slot, lse, mask=used)
+    tl.store(
+        partial + slot[None, :] * D + dims[:, None], acc / divisor[None, :],
+        mask=(used & (total > 0))[None, :] & inside[:, None],
+    )  # fmt: skip
+    if FUSED:
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        before = tl.atomic_add(arrived + group, 1, sem="acq_rel", scope="gpu")
+        if before == splits - 1:  # all others have stored
+            tl.store(arrived + group, 0)
+            _combine(
+                partial + group * splits * GROUP * D, partial_lse + group * splits * GROUP,
+                out + group * GROUP * D, splits, heads, used,
+                D, BLOCK_D, BLOCK_M, GROUP, ALL, CHUNK,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["splits"])
+@no_type_check
+def _combine_kernel(
+    partial, partial_lse, out, splits,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ALL: tl.constexpr,
+    CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One head of the output. Grid (GROUP, B * Hkv)."""
+    if OVERLAP:
+        _wait_for_previous()
+    group = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) + tl.arange(0, 1)
+    _combine(
+        partial + group * splits * GROUP * D, partial_lse + group * splits * GROUP,
+        out + group * GROUP * D, splits, rows, rows < GROUP,
+        D, BLOCK_D, 1, GROUP, ALL, CHUNK,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a call is cut: keys a tile, warps a program, tiles in flight, shares of a group's keys."""
+
+    block_n: int
+    warps: int
+    stages: int
+    splits: int
+    columns: int = 8
+    fused: bool = False
+    overlap: bool = True
+    combine_warps: int = 4
+    chunk: int = 16
+
+
+_counters: dict[torch.device, torch.Tensor] = {}
+
+
+def configure(
+    batch: int, kv_heads: int, group: int, dim: int, itemsize: int, keys: int, device: torch.device
+) -> Config:
+    """``keys``: the most that a row can attend."""
+    groups = batch * kv_heads
+    block_n = 64 if itemsize == 2 else 16
+    splits = max(1, min(2 * processors(device) // groups, cdiv(keys, block_n), _MAX_SPLITS))
+    return Config(block_n, 4, 3, splits)
+
+
+def decode_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lens: torch.Tensor,
+    new_lens: torch.Tensor,
+    scale: float,
+    *,
+    window: int = 0,
+    index: torch.Tensor | None = None,
+    tail_start: torch.Tensor | None = None,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """Append one token a row to the cache and attend; grids follow from shapes alone.
+
+    Arguments as in ``cached_attention`` and ``retrieval_attention`` with S = 1; ``index`` and
+    ``tail_start`` both or neither. Returns [B, 1, Hq, D], contiguous, q's dtype.
+    """
+    check_launch("cached_attention" if index is None else "retrieval_attention", q)
+    batch, heads, _, dim = q.shape
+    kv_heads, capacity = k_cache.shape[1], k_cache.shape[2]
+    group = heads // kv_heads
+    out = torch.empty((batch, 1, heads, dim), dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    indexed = 0 if index is None else index.shape[2]
+    if config is None:
+        config = configure(
+            batch, kv_heads, group, dim, q.element_size(),
+            capacity if index is None else indexed, q.device,
+        )  # fmt: skip
+    splits = config.splits
+    partial = torch.empty((batch * heads * splits, dim), dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty(batch * heads * splits, dtype=torch.float32, device=q.device)
+    arrived = None
+    if config.fused:
+        arrived = _counters.get(q.device)
+        if arrived is None:
+            arrived = _counters[q.device] = torch.zeros(4096, dtype=torch.int32, device=q.device)
+    if index is None:
+        index_strides = (0, 0, 0)
+    else:  # one index for all heads of a batch row, or one a key/value head
+        index_strides = (index.stride(0), index.stride(1) * (index.shape[1] > 1), index.stride(2))
+    block_d = max(16, next_power_of_2(dim))
+    overlap = config.overlap and not interpreting()
+    options = {"launch_pdl": True} if overlap else {}
+    with on_device(q):
+        _decode_kernel[(splits, batch * kv_heads)](
+            q, k, v, k_cache, v_cache, cache_lens, new_lens, index, tail_start,
+            partial, partial_lse, out, arrived,
+            q.stride(0), q.stride(1), q.stride(3), k.stride(0), k.stride(1), k.stride(3),
+            v.stride(0), v.stride(1), v.stride(3), *k_cache.stride(), *v_cache.stride(),
+            *index_strides, capacity, kv_heads, indexed, scale * LOG2E, window,
+            GROUP=group, D=dim, INDEXED=index is not None, WINDOWED=window > 0,
+            BLOCK_M=max(config.columns, next_power_of_2(group)), BLOCK_N=config.block_n, BLOCK_D=block_d,
+            COUNTED=min(_COUNTED_AT_ONCE, max(128, next_power_of_2(cdiv(indexed, splits)))),
+            ALL=next_power_of_2(splits) if config.fused else 1,
+            CHUNK=config.chunk if config.fused else 1,
+            PRECISION=dot_precision(q.dtype), OVERLAP=overlap, FUSED=config.fused,
+            num_warps=config.warps, num_stages=config.stages, **options,
+        )  # fmt: skip
+        if not config.fused:
+            _combine_kernel[(group, batch * kv_heads)](
+                partial, partial_lse, out, splits,
+                GROUP=group, D=dim, BLOCK_D=block_d, ALL=next_power_of_2(splits),
+                CHUNK=config.chunk, OVERLAP=overlap, num_warps=config.combine_warps, **options,
+            )  # fmt: skip
+    return out
