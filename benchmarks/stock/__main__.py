@@ -20,6 +20,11 @@ from benchmarks.stock.transformers_generate import build, run
 from benchmarks.timing import environment
 
 
+def run_list(*arguments: Any, **options: Any) -> list[Measured]:
+    """transformers' result as the one of a list."""
+    return [run(*arguments, **options)]
+
+
 def line(result: Measured) -> str:
     """One result in one line."""
     vision = "-" if result.vision_s is None else f"{result.vision_s:.3f}"
@@ -78,7 +83,7 @@ def main() -> None:
             )
         if given.transformers:
             built = built or build(shape, device())
-            sides.append(lambda name=name: [run(shape, SETTINGS[name], **sizes, model=built)])
+            sides.append(partial(run_list, shape, SETTINGS[name], **sizes, model=built))
         for side in sides:
             try:
                 results = side()
