@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from benchmarks.stock.rope import rope_and_cache
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 EIGHT_BIT = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 
@@ -36,7 +39,7 @@ class Operand(NamedTuple):
     scale: Tensor | None = None
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """``function``, through ``torch.compile`` where its first tensor is on a GPU.
 
     The rows of more than one are dynamic, so that one compilation serves every length; a single
@@ -45,16 +48,16 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     fused = torch.compile(function, fullgraph=True)
 
     @functools.wraps(function)
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: P.args, **named: P.kwargs) -> R:
         flat = [a for a in _flat(arguments) if isinstance(a, Tensor)]
         if not flat[0].is_cuda:
-            return function(*arguments)
+            return function(*arguments, **named)
         rows = flat[0].shape[0]
         if rows > 64:
             for tensor in flat:
                 if tensor.shape[0] == rows:
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return fused(*arguments)
+        return fused(*arguments, **named)
 
     return call
 

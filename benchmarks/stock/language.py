@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ class Language:
     ) -> None:
         """``kinds``: what :func:`choose` chose; ``keep`` the unpacked weights, for a reference."""
         self.shape, self.device = shape, device
-        bf16 = {"device": device, "dtype": torch.bfloat16}
+        bf16: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
         self.kept: list[dict[str, Int4]] = []
         self.layers = []
         for _ in range(shape.layers):
@@ -169,8 +170,8 @@ class Language:
             keys, values = self.keys[index], self.values[index]
             qkv = Product(linears["qkv"].few(normed), bias=layer.qkv_bias)
             q = ew.decode_rope(qkv, cos, sin, keys, values, at)
-            filled = (t[:, :, :length].transpose(1, 2) for t in (keys, values))
-            mixed = attention(q[:, None], *filled, False).flatten(1)
+            filled_keys, filled_values = (t[:, :, :length].transpose(1, 2) for t in (keys, values))
+            mixed = attention(q[:, None], filled_keys, filled_values, False).flatten(1)
             product = Product(linears["o"].few(mixed))
             x, mlp = ew.add_norm(product, x, layer.second_norm, None, eps, "bf16")
             active = ew.silu_mul(Product(linears["gate_up"].few(mlp.value)), "bf16").value

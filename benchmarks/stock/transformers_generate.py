@@ -23,7 +23,7 @@ def build(shape: ModelShape, device: torch.device) -> Any:
     import transformers
 
     language, vision = shape.language, shape.vision
-    text = {
+    text: dict[str, Any] = {
         "vocab_size": language.vocab,
         "hidden_size": language.hidden,
         "intermediate_size": language.inter,
@@ -36,6 +36,7 @@ def build(shape: ModelShape, device: torch.device) -> Any:
         "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
     }
     config: Any
+    model_type: Any
     if vision.kind == "qwen2_5_vl":
         text["rope_parameters"] |= {"mrope_section": list(language.mrope_section or ())}
         config = transformers.Qwen2_5_VLConfig(
@@ -100,7 +101,7 @@ def prompt(shape: ModelShape, setting: Setting, device: torch.device) -> dict[st
     if vision.kind == "qwen2_5_vl":
         given["image_grid_thw"] = torch.tensor([[1, h, w] for h, w in setting.pictures] * batch)
         given["mm_token_type_ids"] = (given["input_ids"] == IMAGE).long()
-        size = (setting.patches * batch, vision.patch_dim)
+        size: tuple[int, ...] = (setting.patches * batch, vision.patch_dim)
     else:
         size = (pictures, 3, 336, 336)
     given["attention_mask"] = torch.ones_like(given["input_ids"])

@@ -217,7 +217,8 @@ class Vision:
         def heads_of(index: int, product: Product) -> Tensor:
             finished = product.value if product.bias is None else ew.finish(product)
             split = finished.view(pictures, size, 3, shape.heads, shape.head_dim)
-            return full(*split.unbind(2), False)
+            q, k, v = split.unbind(2)
+            return full(q, k, v, False)
 
         x = self._layers(x, heads_of).view(pictures, size, -1)[:, 1:]
         return self._projected(x)
