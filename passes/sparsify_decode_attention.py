@@ -48,6 +48,11 @@ class SparsifyDecodeAttentionConfig(PassConfig):
     layers: tuple[int, ...] | None = Field(
         default=None, description="Language layers to sparsify, by number; all by default."
     )
+    when: Literal["pays", "always"] = Field(
+        default="pays",
+        description="Retrieve every turn (always), or decode a turn densely where retrieval would "
+        "save no time on this device, and say so (pays).",
+    )
 
 
 class _Retrieve(torch.nn.Module):
@@ -202,7 +207,10 @@ class SparsifyDecodeAttention(Pass[SparsifyDecodeAttentionConfig]):
             program.device,
         )
         program.retrieval = RetrievalSpec(
-            self.config.keep_ratio, self.config.share, tuple(m.data for m in matches)
+            self.config.keep_ratio,
+            self.config.share,
+            tuple(m.data for m in matches),
+            self.config.when,
         )
 
     def ensures(self, program: Program) -> None:

@@ -214,6 +214,8 @@ def _answer(session: Any, model: Any, text: str, arguments: dict[str, Any]) -> N
     streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
     session.ask(text, streamer=streamer, **arguments)
     sys.stdout.flush()
+    if session.usage.dense_because:
+        print(f"decoded densely: {session.usage.dense_because}", file=sys.stderr, flush=True)
 
 
 CHAT_HELP = "/image PATH adds a picture, /forget starts over, /quit ends; anything else is asked"

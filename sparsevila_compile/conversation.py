@@ -96,6 +96,7 @@ class Usage:
         cached_visual: visual tokens in the cache.
         attended_visual: visual tokens that a decode step attends, a layer and group.
         new_tokens: generated tokens.
+        dense_because: why decode did not retrieve although the recipe asks for it, or None.
     """
 
     visual_tokens: int = 0
@@ -105,6 +106,7 @@ class Usage:
     cached_visual: int = 0
     attended_visual: int = 0
     new_tokens: int = 0
+    dense_because: str | None = None
 
 
 class Conversation:
@@ -235,7 +237,9 @@ class Conversation:
             self.cache = KVCache(self.engine.program, len(rows), max(lens) + new_tokens, self.limit)
         self.cache.reserve(max(lens) + new_tokens)
         self.cache.lens = [n - len(f.ids) for n, f in zip(lens, feeds, strict=True)]
-        logits, scores = self.engine.prefill(self.cache, feeds, tokens, columns)
+        dense = self.engine.dense_because(columns)
+        score = dense is None
+        logits, scores = self.engine.prefill(self.cache, feeds, tokens, columns, score=score)
         retrieved = self.engine.retrieve(scores, columns, self.cache.lens)
         cached = sum(len(c) for c in columns)
         self.usage = Usage(
@@ -245,6 +249,7 @@ class Conversation:
             fed_tokens=sum(len(f.ids) for f in feeds),
             cached_visual=cached,
             attended_visual=cached if retrieved is None else retrieved.visual,
+            dense_because=dense,
         )
         return logits, retrieved
 

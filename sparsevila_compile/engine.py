@@ -27,6 +27,10 @@ VISION_CHUNK = 16384
 
 _KEPT_GRIDS = 8
 
+MIN_SPARED_BYTES = 8_000_000
+"""Keys and values of one layer that retrieval must spare a decode step to be faster than reading
+them all, on the H200 (benchmarks/kernels/decode_attention.py): some 2 microseconds' worth."""
+
 
 class KVCache:
     """Keys and values of all layers, ``[batch, kv_heads, capacity, head_dim]`` each.
@@ -268,6 +272,25 @@ class Engine:
             **cache.tensors,
         }
 
+    def dense_because(self, columns: list[torch.Tensor]) -> str | None:
+        """Why a turn decodes densely although the program can retrieve, or None.
+
+        Args:
+            columns: by row, cache positions of its visual tokens.
+        """
+        spec = self.program.retrieval
+        if spec is None or spec.when == "always" or self.device.type != "cuda":
+            return None
+        spared = sum(len(c) - keep_count(spec.keep_ratio, len(c)) for c in columns)
+        layers = [self.program.caches[i] for i in spec.layers]
+        token = max(2 * c.kv_heads * c.head_dim * c.dtype.itemsize for c in layers)
+        if spared * token >= MIN_SPARED_BYTES:
+            return None
+        return (
+            f"retrieval would spare {spared * token / 1e6:.1f} MB a layer and step, too little to "
+            f"save time (from {MIN_SPARED_BYTES / 1e6:.0f} MB on)"
+        )
+
     def prefill(
         self,
         cache: KVCache,
@@ -275,11 +298,13 @@ class Engine:
         visual_tokens: torch.Tensor,
         columns: list[torch.Tensor],
         chunk: int = PREFILL_CHUNK,
+        score: bool = True,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Append the feeds to the cache, ``chunk`` tokens a row at a time.
 
         Args:
             columns: by row, cache positions of all its visual tokens (int64), this turn's included.
+            score: whether retrieval will want scores.
 
         Returns:
             Logits of each row's last token ``[batch, vocabulary]`` and, where decode is sparse and
@@ -287,7 +312,7 @@ class Engine:
         """
         counts = [len(f.ids) for f in feeds]
         score_columns = _pad_rows(columns, -1).to(device=self.device, dtype=torch.int32)
-        sparse = "turn" in self.modules and score_columns.shape[1] > 0
+        sparse = score and "turn" in self.modules and score_columns.shape[1] > 0
         logits: list[torch.Tensor] = [torch.empty(0)] * len(feeds)
         scores: dict[str, torch.Tensor] = {}
         for start in range(0, max(counts), chunk):

@@ -17,7 +17,7 @@ from torch import fx
 
 from sparsevila_compile.errors import GraphError
 
-Stage = Literal["trace", "canonicalize", "prune", "cache", "sparsify", "quantize", "lower"]
+Stage = Literal["trace", "canonicalize", "prune", "cache", "sparsify", "quantize", "fuse", "lower"]
 STAGES: tuple[Stage, ...] = (
     "trace",
     "canonicalize",
@@ -25,6 +25,7 @@ STAGES: tuple[Stage, ...] = (
     "cache",
     "sparsify",
     "quantize",
+    "fuse",
     "lower",
 )
 
@@ -76,11 +77,13 @@ class RetrievalSpec:
     """What the engine must know of decode retrieval (SparseVILA, Alg. 3).
 
     ``layers`` are indices into ``Program.caches``; a layer that is not named decodes densely.
+    ``when`` says whether a turn for which retrieval saves too little may decode densely.
     """
 
     keep_ratio: float
     share: Literal["layer", "kv_head"]
     layers: tuple[int, ...]
+    when: Literal["pays", "always"] = "pays"
 
 
 @dataclass

@@ -93,3 +93,63 @@ def test_bfloat16_stays_close() -> None:
     logits, _ = compiled.conversation(1)._feed(rows, None, 4)
     scale = reference.norm()
     assert (logits.float() - reference).norm() / scale <= 2 * (eager - reference).norm() / scale
+
+
+def _watched(model: CompiledModel) -> list[str]:
+    """Names of the components that the engine runs, in order; a graph's replays run none."""
+    ran: list[str] = []
+    real = model.engine.run
+
+    def run(name: str, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        ran.append(name)
+        return real(name, inputs)
+
+    model.engine.run = run  # type: ignore[method-assign]
+    return ran
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_decode_is_one_graph_whatever_the_length(name: str) -> None:
+    """40 tokens of three ragged rows, then a second turn: captured once, replayed for the rest."""
+    specs: tuple[tiny.Spec, ...] = (
+        "insert_kv_cache",
+        ("sparsify_decode_attention", {"keep_ratio": 0.4}),
+    )
+    _, compiled, _ = _compiled(name, *specs)
+    conversation = compiled.conversation(3)
+    ran = _watched(compiled)
+    prompt = {k: v.cuda() for k, v in tiny.inputs(name, PROMPTS["three"]).items()}
+    out = compiled.generate(conversation=conversation, **prompt, **tiny.greedy(40))
+    decoder = conversation._decoder
+    assert decoder is not None
+    assert out.shape[1] == prompt["input_ids"].shape[1] + 40
+    # Twice each: the run that loads kernels, and the captured one.
+    assert ran.count("decode") == 2
+    assert decoder.captures == 1
+    new = prompt["input_ids"].shape[1]
+    rows = [
+        tiny.continued(row, answer, *words(4, i))
+        for i, (row, answer) in enumerate(
+            zip(PROMPTS["three"], out[:, new:].tolist(), strict=True)
+        )
+    ]
+    again = {k: v.cuda() for k, v in tiny.inputs(name, rows).items()}
+    compiled.generate(conversation=conversation, **again, **tiny.greedy(40))
+    assert decoder.captures <= 2  # the cache grew, which moves it
+
+
+def test_no_wait_in_the_loop_but_the_stop_check() -> None:
+    """Synchronising calls of a long answer's loop: none beyond the flag that says who goes on."""
+    _, compiled, _ = _compiled("llava", *tiny.DENSE)
+    conversation = compiled.conversation(1)
+    prompt = {k: v.cuda() for k, v in tiny.inputs("llava", PROMPTS["one"]).items()}
+    compiled.generate(conversation=conversation, **prompt, **tiny.greedy(8))
+    decoder = conversation._decoder
+    assert decoder is not None
+    decoder.alive.fill_(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            decoder.step(True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,332 @@
+"""This package's side of the headline benchmark: a compiled model of a given shape, timed.
+
+The weights are random (int4 codes of random matrices), so tokens mean nothing; what is timed is the
+whole path that users run: prompt layout, vision, pruning, prefill, retrieval, captured decode.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.headline_types import Measured, ModelShape, Setting
+from sparsevila_compile import hf
+from sparsevila_compile.decoding import Decoder
+from sparsevila_compile.manager import run_passes
+from sparsevila_compile.model import CompiledModel
+from sparsevila_compile.pass_base import PASSES, Context
+from sparsevila_compile.trace import trace
+
+IMAGE, START, END = 31003, 31001, 31002
+TEXT_IDS = 30000
+
+Spec = tuple[str, dict[str, Any]]
+
+INT4: Spec = ("quantize_linear", {"method": "rtn", "group_size": 128, "ignore": ()})
+FUSED: list[Spec] = [
+    ("merge_linears", {}),
+    ("fuse_rms_norm", {}),
+    ("fuse_rotary", {}),
+    ("fuse_silu_mul", {}),
+]
+RECIPES: dict[str, list[Spec]] = {
+    "dense": [("insert_kv_cache", {"max_length": 131072}), INT4, *FUSED],
+    "sparse": [
+        ("prune_visual_tokens", {"keep_ratio": 0.25}),
+        ("insert_kv_cache", {"max_length": 131072}),
+        ("sparsify_decode_attention", {"keep_ratio": 0.1}),
+        INT4,
+        *FUSED,
+    ],
+}
+
+
+def with_vision(recipe: list[Spec], scheme: str) -> list[Spec]:
+    """The recipe with the vision component's linears in ``scheme`` too."""
+    at = recipe.index(INT4)
+    options = {"scheme": scheme, "component": "vision", "method": "rtn", "ignore": ()}
+    return [*recipe[:at], ("quantize_linear", options), *recipe[at:]]
+
+
+def hf_config(shape: ModelShape) -> Any:
+    """The transformers configuration of a shape."""
+    from transformers import LlavaConfig, Qwen2_5_VLConfig
+
+    language, vision = shape.language, shape.vision
+    text = {
+        "vocab_size": language.vocab,
+        "hidden_size": language.hidden,
+        "intermediate_size": language.inter,
+        "num_hidden_layers": language.layers,
+        "num_attention_heads": language.heads,
+        "num_key_value_heads": language.kv_heads,
+        "head_dim": language.head_dim,
+        "rms_norm_eps": language.norm_eps,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
+        "tie_word_embeddings": False,
+    }
+    if vision.kind == "qwen2_5_vl":
+        text["rope_parameters"] |= {"mrope_section": list(language.mrope_section or ())}
+        return Qwen2_5_VLConfig(
+            text_config=text,
+            vision_config={
+                "depth": vision.layers,
+                "hidden_size": vision.hidden,
+                "intermediate_size": vision.inter,
+                "num_heads": vision.heads,
+                "out_hidden_size": vision.out,
+                "fullatt_block_indexes": list(vision.full_attention),
+                "window_size": vision.window * 14,
+                "patch_size": 14,
+                "spatial_merge_size": vision.merge,
+            },
+            image_token_id=IMAGE,
+            video_token_id=IMAGE + 1,
+            vision_start_token_id=START,
+            vision_end_token_id=END,
+        )
+    return LlavaConfig(
+        text_config={"model_type": "llama", **text},
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": vision.hidden,
+            "intermediate_size": vision.inter,
+            "num_hidden_layers": vision.layers,
+            "num_attention_heads": vision.heads,
+            "image_size": 336,
+            "patch_size": 14,
+        },
+        image_token_id=IMAGE,
+    )
+
+
+def build(shape: ModelShape, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> Any:
+    """transformers' model of a shape with random weights."""
+    from transformers import AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(hf_config(shape), dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+@dataclass
+class Side:
+    """A compiled model and what compiling it took."""
+
+    name: str
+    model: CompiledModel
+    compile_s: float
+    compile_peak_bytes: int
+    checkpoint_bytes: int
+
+
+def compile_side(name: str, shape: ModelShape, recipe: list[Spec], device: str = "cuda") -> Side:
+    """Trace and rewrite a random model of a shape; the model itself is freed."""
+    model = build(shape, device)
+    checkpoint = sum(p.numel() * p.element_size() for p in model.parameters())
+    on_gpu = device == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    program = trace(model)
+    defaults = model.generation_config
+    del model
+    passes = [PASSES[n](PASSES[n].config_type(**o)) for n, o in recipe]
+    run_passes(program, passes, Context())
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    compiled = CompiledModel(program, None, defaults)
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+    return Side(name, compiled, seconds, peak, checkpoint)
+
+
+def prompt(shape: ModelShape, setting: Setting, device: str = "cuda") -> dict[str, torch.Tensor]:
+    """Processor outputs for a setting: every picture between its markers, then the text."""
+    generator = torch.Generator(device).manual_seed(1)
+    text = torch.Generator().manual_seed(2)
+    qwen = shape.vision.kind == "qwen2_5_vl"
+    head, tail = ([START], [END]) if qwen else ([], [START])
+    row: list[int] = []
+    for height, width in setting.pictures:
+        row += [*head, *[IMAGE] * (height * width // setting.merge**2), *tail]
+    rows = []
+    for _ in range(setting.batch):
+        words = torch.randint(100, TEXT_IDS, (setting.text_tokens,), generator=text).tolist()
+        rows.append([*row, *words])
+    count = len(setting.pictures) * setting.batch
+    out: dict[str, torch.Tensor] = {"input_ids": torch.tensor(rows)}
+    if qwen:
+        size = (setting.patches * setting.batch, shape.vision.patch_dim)
+        grid = [[1, h, w] for h, w in setting.pictures] * setting.batch
+        out["image_grid_thw"] = torch.tensor(grid)
+    else:
+        size = (count, 3, 336, 336)
+    out["pixel_values"] = torch.randn(
+        size, generator=generator, device=device, dtype=torch.bfloat16
+    )
+    return out
+
+
+def _generate(model: CompiledModel, inputs: dict[str, Any], new: int) -> torch.Tensor:
+    return model.generate(**inputs, max_new_tokens=new, do_sample=False, eos_token_id=None)
+
+
+@contextmanager
+def _timed(owner: Any, name: str, into: list[float]) -> Iterator[None]:
+    """Collect the synchronised seconds of every call of a method."""
+    real = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = real(*args, **kwargs)
+        torch.cuda.synchronize()
+        into.append(time.perf_counter() - start)
+        return result
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+@contextmanager
+def _events(into: list[tuple[Any, Any]]) -> Iterator[None]:
+    """Record an event before and after every decode step; nothing is waited for."""
+    real = Decoder.step
+
+    def step(self: Decoder, greedy: bool) -> torch.Tensor:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        out = real(self, greedy)
+        after.record()
+        into.append((before, after))
+        return out
+
+    Decoder.step = step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Decoder.step = real  # type: ignore[method-assign]
+
+
+def _clock(call: Any) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def run(
+    side: Side, shape: ModelShape, setting: Setting, *, new_tokens: int = 128, repeats: int = 3
+) -> Measured:
+    """Time one setting; every run is a new conversation (its cache and graph are made in it)."""
+    model, engine = side.model, side.model.engine
+    inputs = prompt(shape, setting)
+    _generate(model, inputs, 4)  # loads kernels
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    resident = torch.cuda.memory_allocated()
+    ttft = statistics.median(_clock(lambda: _generate(model, inputs, 1)) for _ in range(repeats))
+    whole = statistics.median(
+        _clock(lambda: _generate(model, inputs, new_tokens)) for _ in range(repeats)
+    )
+    peak = torch.cuda.max_memory_allocated()
+    steps: list[tuple[Any, Any]] = []
+    conversation = model.conversation(setting.batch)
+    with _events(steps):
+        model.generate(
+            conversation=conversation,
+            **inputs,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+        )
+    torch.cuda.synchronize()
+    assert conversation.cache is not None
+    assert all(t.isfinite().all() for t in conversation.cache.tensors.values()), "not finite"
+    cache_bytes = conversation.cache.nbytes()
+    steps = steps[2:]  # the first captures the graph
+    gaps = sorted(a[0].elapsed_time(b[0]) for a, b in itertools.pairwise(steps))
+    busy = statistics.median(before.elapsed_time(after) for before, after in steps)
+    usage = model.usage
+    del conversation
+    parts: dict[str, list[float]] = {"vision": [], "prefill": [], "retrieve": []}
+    with (
+        _timed(engine, "encode", parts["vision"]),
+        _timed(engine, "prefill", parts["prefill"]),
+        _timed(engine, "retrieve", parts["retrieve"]),
+    ):
+        for _ in range(repeats):
+            _generate(model, inputs, 1)
+    vision, prefill, retrieve = (statistics.median(v) for v in parts.values())
+    decode = statistics.median(gaps)
+    return Measured(
+        side=side.name,
+        shape=shape.name,
+        setting=setting.name,
+        batch=setting.batch,
+        visual_tokens=setting.visual_tokens,
+        new_tokens=new_tokens,
+        vision_s=vision,
+        llm_prefill_s=prefill + retrieve,
+        ttft_s=ttft,
+        decode_ms=decode,
+        decode_ms_p20=gaps[len(gaps) // 5],
+        decode_ms_p80=gaps[4 * len(gaps) // 5],
+        tokens_per_s=1e3 * setting.batch / decode,
+        end_to_end_s=whole,
+        peak_memory_bytes=peak,
+        idle_host_ms=decode - busy,
+        weight_bytes=model.program.weight_bytes(),
+        cache_bytes=cache_bytes,
+        repeats=repeats,
+        shares={
+            "vision": vision / whole,
+            "prefill": prefill / whole,
+            "retrieval": retrieve / whole,
+            "layout": (ttft - vision - prefill - retrieve) / whole,
+            "decode": (whole - ttft) / whole,
+        },
+        chosen={f"{n}": str(c) for n, c in _bound(model).items()},
+        notes=[
+            f"resident before the run {resident} bytes",
+            f"visual tokens cached {usage.cached_visual}, attended {usage.attended_visual}",
+            f"decode: {usage.dense_because or 'as the recipe says'}",
+            f"compiled in {side.compile_s:.1f} s, peak {side.compile_peak_bytes} bytes of a "
+            f"{side.checkpoint_bytes} byte checkpoint",
+        ],
+    )
+
+
+def _bound(model: CompiledModel) -> dict[str, int]:
+    """How many nodes run which implementation."""
+    counts: dict[str, int] = {}
+    for component in model.program.components.values():
+        for node in component.graph.nodes:
+            if "impl" in node.kwargs:
+                key = f"{component.name} {node.target._opname} {node.kwargs['impl']}"
+                counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+hf.quiet()
