@@ -1,11 +1,11 @@
-"""``quantize_linear``: AWQ w4a16 for the linears of one component (arXiv 2306.00978).
+"""``quantize_linear``: linears of one component in 4 or 8 bits.
 
 Linears that share an input form a group with one per-channel scale, searched on calibration data;
-the scale is folded into the op before the group where the graph allows, and is an explicit
-multiplication where not. Calibration walks the graph once (see ``calibration``), so later layers
-are searched on what the quantized earlier ones put out.
+the scale is folded into the op before the group where the graph allows. Where not, AWQ multiplies
+by it explicitly and SmoothQuant leaves the group unsmoothed. Calibration walks the graph once (see
+``calibration``), so later layers are searched on what the quantized earlier ones put out.
 
-All linears are clipped. AWQ's authors leave q_proj and k_proj unclipped, since their outputs are
+AWQ clips all linears. Its authors leave q_proj and k_proj unclipped, since their outputs are
 multiplied with each other; on the card model of ``examples/cards`` clipping them too made the
 median error of the logits 3 to 6 % smaller at every group size.
 """
@@ -16,25 +16,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import fx
 
-from sparsevila_compile.awq import (
-    ActivationStats,
-    AwqResult,
-    Quantized,
-    check_width,
-    quantize_awq,
-    quantize_groupwise,
-)
+from sparsevila_compile.awq import check_width
 from sparsevila_compile.calibration import Lockstep, Override, component_inputs, read_samples
 from sparsevila_compile.errors import GraphError, UserError
 from sparsevila_compile.graph_edit import Editor, module_path
-from sparsevila_compile.kernels.w4a16_linear.packing import pack_int4
-from sparsevila_compile.ops import W4A16_LINEAR
+from sparsevila_compile.kernels.w8a8_linear.op import float8_missing
 from sparsevila_compile.pass_base import (
     Context,
     Match,
@@ -47,10 +39,18 @@ from sparsevila_compile.pass_base import (
 )
 from sparsevila_compile.program import Component, Program
 
+from .linear_schemes import W4A16, W8A8, Applied, Parts, Scheme, Searched, named
 from .scale_folding import Fold, applied_scale, bias_of, find_fold, folded, weight_of
 
 aten = torch.ops.aten
 LINEAR = aten.linear.default
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "w4a16": ("awq", "rtn"),
+    "w8a8": ("smoothquant", "rtn"),
+    "fp8": ("rtn",),
+}
+"""The methods of each scheme, its default first."""
 
 
 class Calibration(BaseModel):
@@ -67,22 +67,33 @@ class Calibration(BaseModel):
 class QuantizeLinearConfig(PassConfig):
     """Options of ``quantize_linear``."""
 
-    scheme: Literal["w4a16"] = Field(
-        default="w4a16", description="4-bit groupwise weights, activations as they are."
+    scheme: Literal["w4a16", "w8a8", "fp8"] = Field(
+        default="w4a16",
+        description="4-bit groupwise weights with activations as they are (w4a16), or weights and "
+        "activations in 8 bits, int8 (w8a8) or float8_e4m3fn (fp8).",
     )
-    method: Literal["awq", "rtn"] = Field(
-        default="awq",
-        description="Activation-aware scales and clipping (awq, needs calibration), or plain "
-        "round-to-nearest (rtn).",
+    method: Literal["awq", "smoothquant", "rtn"] | None = Field(
+        default=None,
+        description="awq: activation-aware scales and clipping (w4a16, needs calibration); "
+        "smoothquant: outliers of the input moved to the weights (w8a8, needs calibration); rtn: "
+        "plain round-to-nearest. By default awq for w4a16, smoothquant for w8a8, rtn for fp8.",
     )
     component: Literal["language", "vision"] = Field(
         default="language", description="Which component's linears are quantized."
     )
     group_size: Literal[32, 64, 128] = Field(
-        default=128, description="Input channels that share a scale and a zero_point."
+        default=128, description="Input channels that share a scale and a zero_point (w4a16)."
     )
     clip: bool = Field(default=True, description="Search how far to clip each group's range (awq).")
-    calibration: Calibration | None = Field(default=None, description="Calibration data (awq).")
+    alpha: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="How much of the difficulty moves to the weights (smoothquant).",
+    )
+    calibration: Calibration | None = Field(
+        default=None, description="Calibration data (awq, smoothquant)."
+    )
     ignore: tuple[str, ...] = Field(
         default=("lm_head",),
         description="Module paths (or their ends) to leave in floating point; an entry that names "
@@ -90,59 +101,59 @@ class QuantizeLinearConfig(PassConfig):
     )
     indivisible: Literal["error", "skip"] = Field(
         default="error",
-        description="What to do with a linear whose width group_size does not divide.",
+        description="What to do with a linear whose width group_size does not divide (w4a16).",
     )
 
+    @property
+    def how(self) -> str:
+        """The method, or the scheme's default."""
+        return self.method or METHODS[self.scheme][0]
+
     @model_validator(mode="after")
-    def _needs_data(self) -> QuantizeLinearConfig:
-        if self.method == "awq" and self.calibration is None:
-            raise ValueError("method awq needs calibration: {path: …}; give it, or set method: rtn")
-        if self.method == "rtn" and self.calibration is not None:
-            raise ValueError("calibration is not used by method rtn; remove it, or set method: awq")
-        if self.method == "rtn" and "clip" in self.model_fields_set:
-            raise ValueError("clip is not used by method rtn; remove it, or set method: awq")
+    def _fits_together(self) -> QuantizeLinearConfig:
+        scheme, how = self.scheme, self.how
+        if how not in METHODS[scheme]:
+            others = " or ".join(METHODS[scheme])
+            raise ValueError(f"method {how} is not one of scheme {scheme}; set method: {others}")
+        if how == "rtn":
+            unused = {"calibration", "clip", "alpha"}
+        else:
+            unused = {"alpha"} if how == "awq" else {"clip"}
+        for key in sorted(unused & self.model_fields_set):
+            if getattr(self, key) is not None:
+                searching = METHODS[scheme][0]
+                instead = "" if searching == "rtn" else f", or set method: {searching}"
+                raise ValueError(f"{key} is not used by method {how}; remove it{instead}")
+        if scheme != "w4a16":
+            for key in ("group_size", "indivisible"):
+                if key in self.model_fields_set:
+                    raise ValueError(f"{key} is not used by scheme {scheme}; remove it")
+        if how != "rtn" and self.calibration is None:
+            raise ValueError(
+                f"method {how} needs calibration: {{path: …}}; give it, or set method: rtn"
+            )
         return self
 
-
-class Packed(NamedTuple):
-    """A linear as it is stored; shapes and dtypes are those of ``w4a16_linear``."""
-
-    qweight: torch.Tensor
-    scales: torch.Tensor
-    zero_points: torch.Tensor
-
-    @staticmethod
-    def of(quantized: Quantized) -> Packed:
-        return Packed(pack_int4(quantized.codes), quantized.scales, quantized.zero_points)
-
-    @staticmethod
-    def empty(rows: int, width: int, group_size: int, dtype: torch.dtype) -> Packed:
-        """Shapes alone, for planning."""
-        groups = width // group_size
-        return Packed(
-            torch.empty((rows, width // 8), dtype=torch.int32, device="meta"),
-            torch.empty((rows, groups), dtype=dtype, device="meta"),
-            torch.empty((rows, groups), dtype=torch.uint8, device="meta"),
-        )
-
-    def named(self, weight: str) -> dict[str, torch.Tensor]:
-        """By the names that replace the weight's."""
-        stem = weight.removesuffix(".weight")
-        return {f"{stem}.{part}": tensor for part, tensor in self._asdict().items()}
+    def storage(self) -> Scheme:
+        """How linears are stored."""
+        if self.scheme == "w4a16":
+            return W4A16(self.group_size, self.clip)
+        return W8A8(torch.int8 if self.scheme == "w8a8" else torch.float8_e4m3fn, self.alpha)
 
 
 @dataclass
 class Group:
-    """Linears that share their input, by weight name, in graph order.
-
-    ``scale`` (float32 ``[K]``) is what their input is divided by, or None for 1.
-    """
+    """Linears that share their input, by weight name, in graph order."""
 
     names: list[str] = field(default_factory=list)
     fold: Fold | None = None
-    scale: torch.Tensor | None = None
-    result: AwqResult | None = None
+    found: Searched | None = None
     folded: bool = False
+
+    @property
+    def scale(self) -> torch.Tensor | None:
+        """Float32 ``[K]``, what their input is divided by, or None for 1."""
+        return None if self.found is None else self.found.scale
 
     @property
     def inverse_name(self) -> str:
@@ -155,15 +166,19 @@ def _named(path: str, entry: str) -> bool:
 
 @register
 class QuantizeLinear(Pass[QuantizeLinearConfig]):
-    """Every matched ``aten.linear`` becomes ``w4a16_linear``, in all components that share it."""
+    """Every matched ``aten.linear`` becomes a quantized one, in all components that share it."""
 
     name = "quantize_linear"
     stage = "quantize"
-    summary = "stores linear weights in 4 bits (AWQ w4a16)"
+    summary = "stores linears in 4 bits (AWQ w4a16) or 8 (SmoothQuant w8a8, fp8)"
     config_type = QuantizeLinearConfig
     repeatable = True  # once a component
 
     def requires(self, program: Program) -> None:
+        if self.config.scheme == "fp8":
+            missing = float8_missing(program.device)
+            if missing is not None:
+                raise UserError(f"scheme: fp8 {missing}; use scheme: w8a8")
         if self.config.component == "language" and not program.caches:
             raise UserError(
                 "language linears are calibrated through the KV cache; list insert_kv_cache before it"
@@ -188,7 +203,7 @@ class QuantizeLinear(Pass[QuantizeLinearConfig]):
                 reason = "its weight is computed, not stored"
             elif readers[name] > 1:
                 reason = "its weight serves several inputs"
-            else:
+            elif self.config.scheme == "w4a16":
                 reason = self._indivisible(int(tensor_of(node.args[1]).shape[1]), path)  # type: ignore[arg-type]
             if reason is None:
                 yield Match(component, node)
@@ -212,10 +227,11 @@ class QuantizeLinear(Pass[QuantizeLinearConfig]):
             groups.setdefault(str(match.node.args[0]), Group()).names.append(_name(match.node))
         self._groups = list(groups.values())
         self._group_of = {name: group for group in self._groups for name in group.names}
-        self._packed: dict[str, Packed] = {}
+        self._packed: dict[str, Parts] = {}
+        self._scheme = self.config.storage()
         if context.dry or not matches:
             return
-        if self.config.method == "rtn":
+        if self.config.how == "rtn":
             for done, group in enumerate(self._groups, 1):
                 context.progress("rounding", done, len(self._groups))
                 self._round(program, group)
@@ -227,12 +243,11 @@ class QuantizeLinear(Pass[QuantizeLinearConfig]):
 
     def _round(self, program: Program, group: Group) -> None:
         for name in group.names:
-            weight, size = program.weights[name], self.config.group_size
             try:
-                quantized = quantize_groupwise(weight, size, scale_dtype=program.dtype)
+                parts = self._scheme.rounded(program.weights[name], program.dtype)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
-            self._packed[name] = Packed.of(quantized)
+            self._packed[name] = parts
 
     def _calibrate(self, program: Program, context: Context) -> None:
         given = self.config.calibration
@@ -252,9 +267,9 @@ class QuantizeLinear(Pass[QuantizeLinearConfig]):
 
         def visit(node: fx.Node, values: list[torch.Tensor]) -> Override:
             group = self._group_of[_name(node)]
-            if group.result is None:
+            if group.found is None:
                 self._search(program, group, values)
-                done = sum(g.result is not None for g in self._groups)
+                done = sum(g.found is not None for g in self._groups)
                 context.progress("calibrating", done, len(self._groups))
             return self._stand_in(program, group, node)
 
@@ -262,46 +277,36 @@ class QuantizeLinear(Pass[QuantizeLinearConfig]):
 
     def _search(self, program: Program, group: Group, values: list[torch.Tensor]) -> None:
         weights = [program.weights[n] for n in group.names]
-        stats = ActivationStats(weights[0].shape[1], weights[0].device)
-        for x in values:
-            stats.update(x)
-        held = dict(program.weights)  # what has been quantized already will be folded into as such
-        for name, packed in self._packed.items():
-            held |= packed.named(name)
-
-        def applied(scale: torch.Tensor) -> torch.Tensor:
-            if group.fold is not None:
-                return applied_scale(held, group.fold, scale)
-            inverse = _inverse(scale, program.dtype)
-            return 1 / inverse.float()
-
+        applied = self._applied(program, group)
         try:
-            result = quantize_awq(
-                weights,
-                stats,
-                self.config.group_size,
-                clip=self.config.clip,
-                scale_dtype=program.dtype,
-                applied=applied,
-            )
+            group.found = self._scheme.searched(weights, values, program.dtype, applied)
         except UserError as error:
             raise UserError(f"{group.names[0]}: {error}") from error
-        for name, quantized in zip(group.names, result.quantized, strict=True):
-            self._packed[name] = Packed.of(quantized)
-        result.quantized.clear()  # one byte a code; packed they take half
-        group.result = result
-        if not bool((result.scale == 1).all()):
-            group.scale = result.scale
+        self._packed |= zip(group.names, group.found.stored, strict=True)
+        group.found.stored = []
+
+    def _applied(self, program: Program, group: Group) -> Applied | None:
+        """What becomes of a scale that is wanted; None where the group can have none."""
+        fold = group.fold
+        if fold is not None:
+            held = dict(program.weights)  # what has been quantized is folded into as such
+            for name, parts in self._packed.items():
+                held |= named(name, parts)
+            return lambda scale: applied_scale(held, fold, scale)
+        if self._scheme.explicit:
+            return lambda scale: 1 / _inverse(scale, program.dtype).float()
+        return None
 
     def _stand_in(self, program: Program, group: Group, node: fx.Node) -> Override:
         """What the quantized linear will compute, for calibrating the layers behind it."""
-        packed, bias = self._packed[_name(node)], bias_of(node)
+        parts, bias = self._packed[_name(node)], bias_of(node)
         stored = None if bias is None else program.weights[str(bias.target)]
+        arguments = self._scheme.arguments(list(parts.values()), stored)
 
         def run(x: torch.Tensor) -> torch.Tensor:
             if group.scale is not None:
                 x = (x / group.scale).to(x.dtype)
-            out: torch.Tensor = W4A16_LINEAR(x, *packed, stored, self.config.group_size)
+            out: torch.Tensor = self._scheme.op(x, *arguments)
             return out
 
         return run
@@ -315,19 +320,16 @@ class QuantizeLinear(Pass[QuantizeLinearConfig]):
         notes["folded_into"] = dict(kinds)
         notes["explicit_scales"] = len(scaled) - sum(kinds.values())
         notes["unscaled_groups"] = len(self._groups) - len(scaled)
-        results = {g.names[0]: g.result for g in self._groups if g.result is not None}
-        if results:
+        found = {g.names[0]: g.found for g in self._groups if g.found is not None}
+        reasons = Counter(f.reason for f in found.values() if f.reason is not None)
+        if reasons:
+            notes["unscaled_because"] = dict(reasons)
+        if found:
+            how = self.config.how
             # Each group counts alike, whatever the size of its outputs.
-            shares = [r.error_awq / r.error_rtn for r in results.values() if r.error_rtn]
-            notes["output_error_awq_over_rtn"] = sum(shares) / len(shares) if shares else 1.0
-            notes["output_error"] = {
-                n: {
-                    "rtn": r.error_rtn / (r.output_power or 1.0),
-                    "awq": r.error_awq / (r.output_power or 1.0),
-                    "clipped": r.clipped,
-                }
-                for n, r in results.items()
-            }
+            shares = [f.errors[how] / f.errors["rtn"] for f in found.values() if f.errors["rtn"]]
+            notes[f"output_error_{how}_over_rtn"] = sum(shares) / len(shares) if shares else 1.0
+            notes["output_error"] = {n: f.errors for n, f in found.items()}
 
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
         name = _name(match.node)
@@ -339,10 +341,10 @@ class QuantizeLinear(Pass[QuantizeLinearConfig]):
             program.weights[group.inverse_name] = _inverse(group.scale, program.dtype)
         if context.dry:
             rows, width = program.weights[name].shape
-            packed = Packed.empty(rows, width, self.config.group_size, program.dtype)
+            parts = self._scheme.empty(rows, width, program.dtype)
         else:
-            packed = self._packed.pop(name)
-        stored = packed.named(name)
+            parts = self._packed.pop(name)
+        stored = named(name, parts)
         program.weights |= stored
         for component in program.components.values():
             for node in list(component.graph.nodes):
@@ -362,8 +364,8 @@ class QuantizeLinear(Pass[QuantizeLinearConfig]):
         if group.scale is not None and group.fold is None:
             x = self._explicit(program, component, edit, node, group)
         parts = [edit.weight(n, tensor, before=node) for n, tensor in stored.items()]
-        bias, size = bias_of(node), self.config.group_size
-        new = edit.call(W4A16_LINEAR, x, *parts, bias, size, before=node, origin=node)
+        arguments = self._scheme.arguments(parts, bias_of(node))
+        new = edit.call(self._scheme.op, x, *arguments, before=node, origin=node)
         edit.replace(node, new)
         edit.sweep()
 

@@ -1,4 +1,4 @@
-"""Where AWQ's per-channel scales can go without costing a kernel: into the op before.
+"""Where per-channel scales of AWQ and SmoothQuant can go without costing a kernel: into the op before.
 
 Dividing a linear's input by ``s`` is free where that input is a product with stored per-channel
 values. Three such producers are known: a norm (RMSNorm as a product, LayerNorm with or without a
@@ -20,6 +20,7 @@ from sparsevila_compile.ops import (
     CACHED_ATTENTION,
     RETRIEVAL_ATTENTION,
     W4A16_LINEAR,
+    W8A8_LINEAR,
 )
 from sparsevila_compile.program import Component
 
@@ -33,6 +34,8 @@ SAME_ORDER = (
     aten.clone.default,
 )
 ATTENTIONS = (ATTENTION, CACHED_ATTENTION, RETRIEVAL_ATTENTION)
+BIAS_AT = {aten.linear.default: 2, W4A16_LINEAR: 4, W8A8_LINEAR: 3}
+"""Linears, quantized or not, and which of their arguments is the bias."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def find_fold(components: Sequence[Component], group: Collection[str]) -> Fold |
 
 def weight_of(node: fx.Node) -> str | None:
     """Checkpoint name of the stored weight of a linear, quantized or not; None for others."""
-    if node.op != "call_function" or node.target not in (aten.linear.default, W4A16_LINEAR):
+    if node.op != "call_function" or node.target not in BIAS_AT:
         return None
     weight = node.args[1]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
@@ -88,8 +91,8 @@ def weight_of(node: fx.Node) -> str | None:
 
 
 def bias_of(node: fx.Node) -> fx.Node | None:
-    """The bias of a linear, quantized or not."""
-    at = 4 if node.target is W4A16_LINEAR else 2
+    """The bias of a linear, quantized or not; None for other nodes."""
+    at = BIAS_AT.get(node.target, len(node.args))  # type: ignore[arg-type]
     bias = node.args[at] if len(node.args) > at else None
     return bias if isinstance(bias, fx.Node) else None
 

@@ -110,6 +110,12 @@ def check_width(channels: int, group_size: int, what: str = "a linear") -> None:
         )
 
 
+def check_finite(weight: torch.Tensor) -> None:
+    """Raise UserError unless all values of a weight are finite."""
+    if not bool(torch.stack(weight.aminmax()).isfinite().all()):  # NaN propagates; no temporaries
+        raise UserError("a weight to be quantized has inf or NaN values; check the checkpoint")
+
+
 @torch.no_grad()
 def quantize_groupwise(
     weight: torch.Tensor,
@@ -320,8 +326,7 @@ def _check_weight(weight: torch.Tensor, group_size: int) -> None:
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(f"weight must be a float [N, K], not {weight.dtype} {list(weight.shape)}")
     check_width(weight.shape[1], group_size)
-    if not bool(torch.stack(weight.aminmax()).isfinite().all()):  # NaN propagates; no temporaries
-        raise UserError("a weight to be quantized has inf or NaN values; check the checkpoint")
+    check_finite(weight)
 
 
 def _chunk_rows(matrix: torch.Tensor) -> int:

@@ -8,6 +8,7 @@ from sparsevila_compile.kernels.column_reduce.op import OP as _column_reduce
 from sparsevila_compile.kernels.retrieval_attention.op import OP as _retrieval_attention
 from sparsevila_compile.kernels.select_tokens.op import OP as _select_tokens
 from sparsevila_compile.kernels.w4a16_linear.op import OP as _w4a16_linear
+from sparsevila_compile.kernels.w8a8_linear.op import OP as _w8a8_linear
 
 ATTENTION = _attention.overload
 ATTENTION_LSE = _attention_lse.overload
@@ -17,3 +18,4 @@ COLUMN_REDUCE = _column_reduce.overload
 RETRIEVAL_ATTENTION = _retrieval_attention.overload
 SELECT_TOKENS = _select_tokens.overload
 W4A16_LINEAR = _w4a16_linear.overload
+W8A8_LINEAR = _w8a8_linear.overload

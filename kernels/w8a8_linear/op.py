@@ -28,6 +28,9 @@ OP = Op(
     fake=_fake,
 )
 
+OP.implement("cublas", supported=library.float8_cuda, supports_args=library.float8_shapes)(
+    library.float8_linear
+)
 OP.implement("triton", supported=needs_cuda, supports_args=triton_supports)(triton_linear)
 OP.implement("library", supported=library.cpu_only, supports_args=library.int8_only)(
     library.w8a8_linear

@@ -7,6 +7,8 @@ along K in one order in one program: results do not vary from run to run.
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
+from math import gcd
 from typing import Any, no_type_check
 
 import torch
@@ -19,6 +21,7 @@ from ..triton_support import (
     interpreting,
     next_power_of_2,
     on_device,
+    processors,
     tl,
     triton,
 )
@@ -61,8 +64,17 @@ def _to_float8(y):
 def _code(y, FLOAT8: tl.constexpr):
     """y rounded to 8 bits."""
     if FLOAT8:
-        return _to_float8(y)
-    return _whole(y).to(tl.int32, bitcast=True).to(tl.int8)
+        code = _to_float8(y)
+    else:
+        code = _whole(y).to(tl.int32, bitcast=True).to(tl.int8)
+    return code
+
+
+@triton.jit
+@no_type_check
+def _bits(value):
+    """As integers, the bits of floats without sign are in the floats' order, NaN above all."""
+    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
@@ -76,55 +88,55 @@ def _round_rows(
     stride_xm,
     LARGEST: tl.constexpr,
     FLOAT8: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ONCE: tl.constexpr,  # BLOCK_K holds a row
+    ALIGNED: tl.constexpr,  # divides K and stride_xm
+    BLOCK: tl.constexpr,
+    REST: tl.constexpr,  # BLOCK + REST >= WIDTH
 ):
-    """One program: one row, read from memory once (a second time from the cache if it is long)."""
+    """One program: one row, held in registers, in two pieces so that few lanes idle."""
     m = tl.program_id(0).to(tl.int64)
-    x += m * stride_xm
+    x += m * (stride_xm // ALIGNED * ALIGNED)
     codes += m * WIDTH
-    k = tl.arange(0, BLOCK_K)
-    # As integers, the bits of floats without sign are in the floats' order, NaN above everything.
-    first = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-    best = first.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    if not ONCE:
-        for start in range(BLOCK_K, K, BLOCK_K):
-            value = tl.load(x + start + k, mask=start + k < K, other=0.0).to(tl.float32)
-            best = tl.maximum(best, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    amax = tl.max(best, 0).to(tl.float32, bitcast=True)
+    K = K // ALIGNED * ALIGNED  # says how wide loads may be
+    k = tl.arange(0, BLOCK)
+    value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    amax = tl.max(_bits(value), 0)
+    if REST:
+        j = BLOCK + tl.arange(0, REST)
+        tail = tl.load(x + j, mask=j < K, other=0.0).to(tl.float32)
+        amax = tl.maximum(amax, tl.max(_bits(tail), 0))
+    amax = amax.to(tl.float32, bitcast=True)
     finite = amax < float("inf")
     amax = tl.where(amax < _FLOOR, _FLOOR, amax)
     inverse = tl.where(finite, tl.div_rn(LARGEST, amax), 0.0)
     tl.store(scales + m, tl.where(finite, tl.div_rn(amax, LARGEST), float("nan")))
-    tl.store(codes + k, _code(first * inverse, FLOAT8), mask=k < WIDTH)
-    if not ONCE:
-        for start in range(BLOCK_K, WIDTH, BLOCK_K):
-            value = tl.load(x + start + k, mask=start + k < K, other=0.0).to(tl.float32)
-            tl.store(codes + start + k, _code(value * inverse, FLOAT8), mask=start + k < WIDTH)
+    tl.store(codes + k, _code(value * inverse, FLOAT8), mask=k < WIDTH)
+    if REST:
+        tl.store(codes + j, _code(tail * inverse, FLOAT8), mask=j < WIDTH)
 
 
 @triton.jit
 @no_type_check
-def _multiply(
-    a,  # descriptor of codes [M, K], blocks [BLOCK_M, BLOCK_K]
-    b,  # descriptor of the weight [N, K], blocks [BLOCK_N, BLOCK_K]
-    c,  # descriptor of out, blocks [BLOCK_M, BLOCK_N], or out
-    token_scales,  # float32 [M]
-    scales,  # float32 [N]
-    bias,  # [N] or unused
+def _tile(
+    tile,
+    a,
+    b,
+    c,
+    token_scales,
+    scales,
+    bias,
     M,
     N,
     K,
     FLOAT8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    BULK: tl.constexpr,  # c is a descriptor
-    GROUP: tl.constexpr,  # rows of tiles that neighbouring programs work on
+    BULK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program: a BLOCK_M x BLOCK_N tile of the output over all of K."""
-    tile = tl.program_id(0)
+    """A BLOCK_M x BLOCK_N tile of the output over all of K; arguments are those of _multiply."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     top = tile // (GROUP * tiles_n) * GROUP
     height = tl.minimum(tiles_m - top, GROUP)
@@ -144,8 +156,44 @@ def _multiply(
     if BULK:
         c.store([first_m, first_n], result.to(c.dtype))
     else:
+        N = N // ALIGNED * ALIGNED  # says how wide stores may be
         at = c + m.to(tl.int64)[:, None] * N + n[None, :]
         tl.store(at, result.to(c.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+@triton.jit
+@no_type_check
+def _multiply(
+    a,  # descriptor of codes [M, K], blocks [BLOCK_M, BLOCK_K]
+    b,  # descriptor of the weight [N, K], blocks [BLOCK_N, BLOCK_K]
+    c,  # descriptor of out, blocks [BLOCK_M, BLOCK_N], or out
+    token_scales,  # float32 [M]
+    scales,  # float32 [N]
+    bias,  # [N] or unused
+    M,
+    N,
+    K,
+    FLOAT8: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BULK: tl.constexpr,  # c is a descriptor
+    ALIGNED: tl.constexpr,  # divides N
+    PROGRAMS: tl.constexpr,  # that share the tiles; 0: one for each tile
+    GROUP: tl.constexpr,  # rows of tiles that neighbouring programs work on
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program: one tile, or every PROGRAMS-th, the next one's loads ahead of the last's end."""
+    # fmt: off
+    if PROGRAMS:
+        tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+        for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+            _tile(tile, a, b, c, token_scales, scales, bias, M, N, K,
+                  FLOAT8, HAS_BIAS, BULK, ALIGNED, GROUP, BLOCK_M, BLOCK_N, BLOCK_K)
+    else:
+        _tile(tl.program_id(0), a, b, c, token_scales, scales, bias, M, N, K,
+              FLOAT8, HAS_BIAS, BULK, ALIGNED, GROUP, BLOCK_M, BLOCK_N, BLOCK_K)
+    # fmt: on
 
 
 def float8_missing(device: torch.device) -> Reason:
@@ -174,39 +222,62 @@ def round_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch
     rows, width = x.shape
     if x.stride(-1) != 1:
         x = x.contiguous()
-    codes = torch.empty((rows, padded(width)), dtype=dtype, device=x.device)
+    wide = padded(width)
+    codes = torch.empty((rows, wide), dtype=dtype, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block = min(8192, next_power_of_2(padded(width)))
+    block = next_power_of_2(wide + 1) // 2
+    rest = next_power_of_2(wide - block) if wide > block else 0
     with on_device(x):
         _round_rows[(rows,)](
             x,
             codes,
             scales,
             width,
-            padded(width),
+            wide,
             x.stride(0),
             LARGEST=LARGEST[dtype],
             FLOAT8=dtype != torch.int8,
-            BLOCK_K=block,
-            ONCE=block >= padded(width),
-            num_warps=4 if block <= 4096 else 8,
+            ALIGNED=gcd(width, x.stride(0), ALIGNMENT),
+            BLOCK=block,
+            REST=rest,
+            num_warps=min(16, max(1, block // 1024)),
         )
     return codes, scales
 
 
-def _tile(rows: int, outputs: int) -> tuple[int, int, int, int, int]:
-    """``(BLOCK_M, BLOCK_N, BLOCK_K, num_stages, num_warps)`` of the product."""
+@dataclass(frozen=True)
+class _Blocks:
+    """How the product is cut; ``shared``: programs that share the tiles, 0 for one a tile."""
+
+    m: int
+    n: int
+    k: int
+    num_stages: int
+    num_warps: int
+    shared: int = 0
+
+
+def _blocks(rows: int, code: torch.dtype, out: torch.Tensor) -> _Blocks:
+    """Measured on an H200: shared tiles of float8 hide an output's way behind the next product.
+
+    Two programs of int8 on one processor do as well, and their sums convert in fewer registers.
+    """
     if interpreting():
-        return 16, 32, 64, 1, 4
+        return _Blocks(16, 32, 64, 1, 4, shared=3 if code != torch.int8 else 0)
     if rows <= 64:
-        return 64, 32, 128, 5, 4
-    return 128, 128, 128, 4, 4
+        return _Blocks(64, 32, 128, 5, 4)
+    if out.element_size() == 2 and code != torch.int8 and rows > 256:
+        return _Blocks(128, 256, 128, 3, 8, shared=processors(out.device))
+    return _Blocks(128, 128, 128, 3, 4)
 
 
 def w8a8_linear(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """As :func:`.reference.w8a8_linear`, on CUDA or in Triton's interpreter.
+
+    Sums of float8 products have the matrix units' precision: on an H200 they are off by 0.07 %
+    (K = 1280) to 0.35 % (K = 18944) of the outputs' size, a tenth of what rounding to float8 costs.
 
     Raises:
         ValueError: the arguments do not fit one another.
@@ -222,14 +293,15 @@ def w8a8_linear(
     if out.numel() == 0:
         return out.to(x.dtype).view(*x.shape[:-1], outputs)
     codes, token_scales = round_rows(x.reshape(rows, x.shape[-1]), weight.dtype)
-    block_m, block_n, block_k, num_stages, num_warps = _tile(rows, outputs)
+    blocks = _blocks(rows, weight.dtype, out)
     bulk = outputs * out.element_size() % ALIGNMENT == 0
     weight = weight.contiguous()
+    tiles = cdiv(rows, blocks.m) * cdiv(outputs, blocks.n)
     with on_device(x):
-        _multiply[(cdiv(rows, block_m) * cdiv(outputs, block_n),)](
-            _Descriptor(codes, [rows, width], [width, 1], [block_m, block_k]),
-            _Descriptor(weight, [outputs, width], [width, 1], [block_n, block_k]),
-            _Descriptor(out, [rows, outputs], [outputs, 1], [block_m, block_n]) if bulk else out,
+        _multiply[(min(tiles, blocks.shared or tiles),)](
+            _Descriptor(codes, [rows, width], [width, 1], [blocks.m, blocks.k]),
+            _Descriptor(weight, [outputs, width], [width, 1], [blocks.n, blocks.k]),
+            _Descriptor(out, [rows, outputs], [outputs, 1], [blocks.m, blocks.n]) if bulk else out,
             token_scales,
             scales.contiguous(),
             token_scales if bias is None else bias.contiguous(),
@@ -239,11 +311,13 @@ def w8a8_linear(
             FLOAT8=weight.dtype != torch.int8,
             HAS_BIAS=bias is not None,
             BULK=bulk,
+            ALIGNED=gcd(outputs, ALIGNMENT),
+            PROGRAMS=blocks.shared,
             GROUP=8,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            num_stages=num_stages,
-            num_warps=num_warps,
+            BLOCK_M=blocks.m,
+            BLOCK_N=blocks.n,
+            BLOCK_K=blocks.k,
+            num_stages=blocks.num_stages,
+            num_warps=blocks.num_warps,
         )
     return out.to(x.dtype).view(*x.shape[:-1], outputs)

@@ -91,3 +91,15 @@ def outputs(
 def prompt(name: str, seed: int = 77) -> dict[str, torch.Tensor]:
     """A prompt that calibration has not seen."""
     return tiny.inputs(name, [row(seed)])
+
+
+def smooth(
+    program: Program, name: str, folder: Path, **options: Any
+) -> tuple[PassReport, QuantizeLinear]:
+    """Calibrate with SmoothQuant and quantize a tiny model to int8."""
+    options = {"scheme": "w8a8", "calibration": data(folder)} | options
+    return quantize(program, Context(processor=Prompts(name), base=str(folder)), **options)
+
+
+def fp8(program: Program, **options: Any) -> tuple[PassReport, QuantizeLinear]:
+    return quantize(program, Context(), **{"scheme": "fp8", **options})

@@ -22,7 +22,7 @@ from sparsevila_compile.calibration import Lockstep, Sample, component_inputs
 from sparsevila_compile.engine import Engine, KVCache
 from sparsevila_compile.families import family_of
 from sparsevila_compile.pass_base import Context
-from sparsevila_compile.passes import quantize_linear
+from sparsevila_compile.passes import linear_schemes
 from sparsevila_compile.passes.scale_folding import weight_of
 from sparsevila_compile.program import Program
 from sparsevila_compile.trace import trace
@@ -133,7 +133,7 @@ def output_errors(
 def recorder(program: Program, into: dict[str, torch.Tensor]) -> Callable[..., AwqResult]:
     """The search, noting the weights that the layer behaves as if it had."""
     names = {id(w): n for n, w in program.weights.items()}
-    search = quantize_linear.quantize_awq
+    search = linear_schemes.quantize_awq
 
     def searching(weights: list[torch.Tensor], *arguments: Any, **options: Any) -> AwqResult:
         result = search(weights, *arguments, **options)
@@ -152,7 +152,7 @@ def test_awq_is_below_rounding(group_size: int, monkeypatch: pytest.MonkeyPatch)
     rounded, searched = traced().snapshot(), traced().snapshot()
     rtn(rounded, group_size=group_size)
     weights: dict[str, torch.Tensor] = {}
-    monkeypatch.setattr(quantize_linear, "quantize_awq", recorder(searched, weights))
+    monkeypatch.setattr(linear_schemes, "quantize_awq", recorder(searched, weights))
     processor = hf.load_processor(str(CARDS / "checkpoint"))
     context = Context(processor=processor, base=str(CARDS))
     report, _ = quantize(searched, context, group_size=group_size, calibration=DATA)

@@ -20,7 +20,7 @@ from sparsevila_compile.awq import (
 )
 from sparsevila_compile.graph_edit import Editor
 from sparsevila_compile.ops import ATTENTION, CACHED_ATTENTION
-from sparsevila_compile.passes import quantize_linear
+from sparsevila_compile.passes import linear_schemes, quantize_linear
 from sparsevila_compile.passes.scale_folding import (
     Fold,
     applied_scale,
@@ -128,7 +128,7 @@ def test_outputs_stay(
     program = quantizable(name)
     before = outputs(program, component, prompt(name))
     others = dict(program.weights)
-    monkeypatch.setattr(quantize_linear, "quantize_awq", exact_awq)
+    monkeypatch.setattr(linear_schemes, "quantize_awq", exact_awq)
     report, pass_ = awq(program, name, tmp_path, component=component)
     kinds = Counter(g.fold.kind if g.fold else None for g in pass_._groups)
     assert kinds == KINDS[name, component]
@@ -150,7 +150,7 @@ def test_forgotten_folds_are_seen(
     """The test above can fail: without the folds, outputs are others."""
     program = quantizable(name)
     before = outputs(program, component, prompt(name))
-    monkeypatch.setattr(quantize_linear, "quantize_awq", exact_awq)
+    monkeypatch.setattr(linear_schemes, "quantize_awq", exact_awq)
     monkeypatch.setattr(quantize_linear, "folded", lambda weights, fold, scale: {})
     awq(program, name, tmp_path, component=component)
     assert relative_error(outputs(program, component, prompt(name)), before) > 0.1
@@ -161,7 +161,7 @@ def test_every_copy_of_the_language_model_is_scaled(
 ) -> None:
     program = quantizable("llava_multi_head")
     tiny.step(program, ("sparsify_decode_attention", {"keep_ratio": 1.0}))
-    monkeypatch.setattr(quantize_linear, "quantize_awq", exact_awq)
+    monkeypatch.setattr(linear_schemes, "quantize_awq", exact_awq)
     asked = prompt("llava_multi_head")
     before = outputs(program, "language", asked)
     awq(program, "llava_multi_head", tmp_path)
