@@ -2,8 +2,12 @@
 
 from . import (
     canonicalize,
+    fuse_rms_norm,
+    fuse_rotary,
+    fuse_silu_mul,
     insert_kv_cache,
     lower_ops,
+    merge_linears,
     prune_visual_tokens,
     quantize_linear,
     sparsify_decode_attention,
@@ -11,8 +15,12 @@ from . import (
 
 __all__ = [
     "canonicalize",
+    "fuse_rms_norm",
+    "fuse_rotary",
+    "fuse_silu_mul",
     "insert_kv_cache",
     "lower_ops",
+    "merge_linears",
     "prune_visual_tokens",
     "quantize_linear",
     "sparsify_decode_attention",
