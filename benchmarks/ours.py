@@ -37,6 +37,7 @@ FUSED: list[Spec] = [
     ("fuse_rotary", {}),
     ("fuse_silu_mul", {}),
 ]
+FP8_PREFILL: Spec = ("fp8_prefill", {})
 RECIPES: dict[str, list[Spec]] = {
     "dense": [("insert_kv_cache", {"max_length": 131072}), INT4, *FUSED],
     "sparse": [
@@ -50,10 +51,11 @@ RECIPES: dict[str, list[Spec]] = {
 
 
 def with_vision(recipe: list[Spec], scheme: str) -> list[Spec]:
-    """The recipe with the vision component's linears in ``scheme`` too."""
+    """The recipe with the vision component's linears in 8 bits; with fp8, the prompt's products too."""
+    extra = [FP8_PREFILL] if scheme == "fp8" else []
     at = recipe.index(INT4)
     options = {"scheme": scheme, "component": "vision", "method": "rtn", "ignore": ()}
-    return [*recipe[:at], ("quantize_linear", options), *recipe[at:]]
+    return [*recipe[:at], ("quantize_linear", options), *recipe[at:], *extra]
 
 
 def hf_config(shape: ModelShape) -> Any:
@@ -143,11 +145,12 @@ def compile_side(name: str, shape: ModelShape, recipe: list[Spec], device: str =
     defaults = model.generation_config
     del model
     passes = [PASSES[n](PASSES[n].config_type(**o)) for n, o in recipe]
-    run_passes(program, passes, Context())
+    traced = torch.cuda.max_memory_allocated() if on_gpu else 0
+    reports = run_passes(program, passes, Context())  # which measures each pass's peak
     if on_gpu:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    peak = max(traced, *(r.peak_memory_bytes for r in reports))
     compiled = CompiledModel(program, None, defaults)
     gc.collect()
     if on_gpu:

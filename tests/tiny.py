@@ -49,7 +49,7 @@ DENSE: tuple[Spec, ...] = ("insert_kv_cache",)
 FULL: tuple[Spec, ...] = (
     ("prune_visual_tokens", {"keep_ratio": 1.0}),
     "insert_kv_cache",
-    ("sparsify_decode_attention", {"keep_ratio": 1.0}),
+    ("sparsify_decode_attention", {"keep_ratio": 1.0, "when": "always"}),
 )
 
 

@@ -50,7 +50,7 @@ def test_sparse_tokens_equal_the_cpu(name: str) -> None:
     specs: tuple[tiny.Spec, ...] = (
         ("prune_visual_tokens", {"keep_ratio": 0.5}),
         "insert_kv_cache",
-        ("sparsify_decode_attention", {"keep_ratio": 0.4, "share": "kv_head"}),
+        ("sparsify_decode_attention", {"keep_ratio": 0.4, "share": "kv_head", "when": "always"}),
     )
     _, on_gpu, bound = _compiled(name, *specs)
     assert {"turn: triton", "decode: triton", "vision: triton"} <= bound
@@ -113,7 +113,7 @@ def test_decode_is_one_graph_whatever_the_length(name: str) -> None:
     """40 tokens of three ragged rows, then a second turn: captured once, replayed for the rest."""
     specs: tuple[tiny.Spec, ...] = (
         "insert_kv_cache",
-        ("sparsify_decode_attention", {"keep_ratio": 0.4}),
+        ("sparsify_decode_attention", {"keep_ratio": 0.4, "when": "always"}),
     )
     _, compiled, _ = _compiled(name, *specs)
     conversation = compiled.conversation(3)
@@ -129,9 +129,7 @@ def test_decode_is_one_graph_whatever_the_length(name: str) -> None:
     new = prompt["input_ids"].shape[1]
     rows = [
         tiny.continued(row, answer, *words(4, i))
-        for i, (row, answer) in enumerate(
-            zip(PROMPTS["three"], out[:, new:].tolist(), strict=True)
-        )
+        for i, (row, answer) in enumerate(zip(PROMPTS["three"], out[:, new:].tolist(), strict=True))
     ]
     again = {k: v.cuda() for k, v in tiny.inputs(name, rows).items()}
     compiled.generate(conversation=conversation, **again, **tiny.greedy(40))
@@ -153,3 +151,19 @@ def test_no_wait_in_the_loop_but_the_stop_check() -> None:
             decoder.step(True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_small_cache_is_decoded_densely_and_that_is_said() -> None:
+    """With ``when: pays``, the answer is then the dense one."""
+    specs: tuple[tiny.Spec, ...] = (
+        "insert_kv_cache",
+        ("sparsify_decode_attention", {"keep_ratio": 0.1}),
+    )
+    model, compiled, _ = _compiled("llava", *specs)
+    ran = _watched(compiled)
+    prompt = {k: v.cuda() for k, v in tiny.inputs("llava", PROMPTS["one"]).items()}
+    expected = model.generate(**prompt, **tiny.greedy(16))
+    assert compiled.generate(**prompt, **tiny.greedy(16)).tolist() == expected.tolist()
+    assert not {"turn", "decode", "retrieve"} & set(ran)
+    assert compiled.usage.dense_because is not None
+    assert compiled.usage.attended_visual == compiled.usage.cached_visual
