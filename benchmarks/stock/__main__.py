@@ -8,9 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,6 @@ from benchmarks.headline_types import SETTINGS, SHAPES, Measured
 from benchmarks.stock.pipeline import device, measure
 from benchmarks.stock.transformers_generate import build, run
 from benchmarks.timing import environment
-
-
-def run_list(*arguments: Any, **options: Any) -> list[Measured]:
-    """transformers' result as the one of a list."""
-    return [run(*arguments, **options)]
 
 
 def line(result: Measured) -> str:
@@ -64,40 +57,36 @@ def main() -> None:
         )
     saved: dict[str, Any] = {"environment": environment(), "results": []}
     visions = tuple(filter(None, given.visions.split(",")))
+    sizes = {"new_tokens": given.new_tokens, "repeats": given.repeats}
+
+    def report(result: Measured) -> None:
+        print(f"[{time.perf_counter() - begun:.0f} s] {line(result)}", flush=True)
+        saved["results"].append(result.json())
+        given.out.write_text(json.dumps(saved, indent=1) + "\n")
+
     built: Any = None
+    begun = time.perf_counter()
     for name in given.settings.split(","):
-        start = time.perf_counter()
-        sides: list[Callable[[], list[Measured]]] = []
-        sizes = {"new_tokens": given.new_tokens, "repeats": given.repeats}
-        if visions:
-            sides.append(
-                partial(
-                    measure,
+        setting = SETTINGS[name]
+        try:
+            if visions:
+                results = measure(
                     shape,
-                    SETTINGS[name],
+                    setting,
                     **sizes,
                     visions=visions,
                     prefill_rows=given.prefill_rows,
                     without=tuple(filter(None, given.without.split(","))),
+                    report=report,
                 )
-            )
-        if given.transformers:
-            built = built or build(shape, device())
-            sides.append(partial(run_list, shape, SETTINGS[name], **sizes, model=built))
-        for side in sides:
-            try:
-                results = side()
-            except (ArithmeticError, RuntimeError) as problem:
-                print(f"{name}: not measured: {str(problem)[:500]}", flush=True)
-                saved["results"].append({"setting": name, "failed": str(problem)[:2000]})
-                continue
-            for result in results:
-                print(line(result), flush=True)
-            print(f"  chosen: {json.dumps(results[0].chosen, indent=2)}")
-            print("  notes: " + "\n         ".join(results[-1].notes), flush=True)
-            saved["results"] += [result.json() for result in results]
-            given.out.write_text(json.dumps(saved, indent=1) + "\n")
-        print(f"{name}: {time.perf_counter() - start:.1f} s in all", flush=True)
+                print(f"  chosen: {json.dumps(results[0].chosen, indent=2)}")
+                print("  notes: " + "\n         ".join(results[-1].notes), flush=True)
+            if given.transformers:
+                built = built or build(shape, device())
+                report(run(shape, setting, **sizes, model=built))
+        except (ArithmeticError, RuntimeError) as problem:
+            print(f"{name}: not measured: {str(problem)[:500]}", flush=True)
+            saved["results"].append({"setting": name, "failed": str(problem)[:2000]})
 
 
 if __name__ == "__main__":

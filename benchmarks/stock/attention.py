@@ -20,7 +20,6 @@ BACKENDS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
 }
 
 
@@ -56,17 +55,16 @@ def packed(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 def candidates(*, one_row: bool, grouped: bool) -> dict[str, Attention]:
-    """Kernels by name; the math backend only stands in where there is no GPU."""
+    """torch's kernels by name."""
     named: dict[str, Attention] = {
         name: functools.partial(sdpa, backend)
         for name, backend in BACKENDS.items()
-        if name != "math"
+        if not (grouped and name == "memory-efficient")  # it knows no GQA
     }
     if one_row and grouped:
         named |= {
             f"{name}, heads folded into rows": functools.partial(folded, backend)
             for name, backend in BACKENDS.items()
-            if name != "math"
         }
     if not one_row:
         named["varlen flash"] = packed

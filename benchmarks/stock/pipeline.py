@@ -263,10 +263,12 @@ def measure(
     visions: tuple[str, ...] = ("bf16",),
     prefill_rows: int | None = None,
     without: tuple[str, ...] = (),
+    report: Callable[[Measured], None] = lambda result: None,
 ) -> list[Measured]:
     """Measure one setting with the vision tower in each precision of ``visions``.
 
-    ``without``: kinds of linears not to choose from (:func:`choose`).
+    ``without``: kinds of linears not to choose from (:func:`choose`); ``report`` is called with
+    each result as soon as it is there.
 
     ``prefill_rows``: how many of the batch's rows are really prefilled; the time of the others is
     taken as the same (rows are prefilled one after the other) and the result says so. Decode is
@@ -350,6 +352,7 @@ def measure(
                 ],
             )
         )
+        report(results[-1])
     return results
 
 

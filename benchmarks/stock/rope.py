@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -12,16 +10,16 @@ from torch import Tensor
 
 @triton.jit
 def _kernel(
-    qkv: Any,
-    bias: Any,
-    cos: Any,
-    sin: Any,
-    q_out: Any,
-    keys: Any,
-    values: Any,
-    at: Any,
-    cache_batch: Any,
-    cache_head: Any,
+    qkv,
+    bias,
+    cos,
+    sin,
+    q_out,
+    keys,
+    values,
+    at,
+    cache_batch,
+    cache_head,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
