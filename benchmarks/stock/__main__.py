@@ -45,7 +45,11 @@ def main() -> None:
     parser.add_argument(
         "--transformers", action="store_true", help="measure transformers' own generate as well"
     )
-    parser.add_argument("--without", default="", help="kinds of linears left out of the choice")
+    parser.add_argument(
+        "--tune-gemlite",
+        action="store_true",
+        help="let GemLite search for its block sizes (a minute a size) where none are saved",
+    )
     given = parser.parse_args()
     shape = SHAPES[given.shape]
     if given.layers is not None:
@@ -76,7 +80,7 @@ def main() -> None:
                     **sizes,
                     visions=visions,
                     prefill_rows=given.prefill_rows,
-                    without=tuple(filter(None, given.without.split(","))),
+                    tune_gemlite=given.tune_gemlite,
                     report=report,
                 )
                 print(f"  chosen: {json.dumps(results[0].chosen, indent=2)}")

@@ -6,7 +6,9 @@ into a scratch buffer by a fused elementwise kernel (``torch.compile``) and call
 
 from __future__ import annotations
 
+import ast
 import functools
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -181,18 +183,27 @@ KINDS: dict[str, Callable[[Int4], DecodeLinear]] = {
 PLAIN = "int4 dequantised for every product"
 
 
-def gemlite_available(notes: list[str]) -> bool:
-    """Whether GemLite runs here; uses its tuning saved for an H200 on one. Says so in ``notes``."""
+def gemlite_runs(notes: list[str]) -> bool:
+    """Whether GemLite can be imported; says so in ``notes``. Its saved tunings are loaded."""
     try:
         import gemlite
         from gemlite.core import GemLiteLinear
     except ImportError:
         notes.append("gemlite is not installed: not a candidate")
         return False
-    notes.append(f"gemlite {getattr(gemlite, '__version__', 'of unknown version')} is a candidate")
-    if GEMLITE_TUNED.exists() and "H200" in torch.cuda.get_device_name():
+    notes.append(f"gemlite {getattr(gemlite, '__version__', 'of unknown version')} is installed")
+    if GEMLITE_TUNED.exists():
         GemLiteLinear.load_config(str(GEMLITE_TUNED))
     return True
+
+
+def gemlite_tuned(k: int, n: int, rows: int) -> bool:
+    """Whether a tuning for these sizes is saved; without, GemLite searches for a minute a size."""
+    if not GEMLITE_TUNED.exists():
+        return False
+    saved = json.loads(GEMLITE_TUNED.read_text())
+    keys = [ast.literal_eval(key) for kernel in saved.values() for key in kernel]
+    return any(key[:4] == (rows, n, k, GROUP) for key in keys)
 
 
 def choose(
@@ -200,11 +211,12 @@ def choose(
     rows: int,
     device: torch.device,
     notes: list[str],
-    without: tuple[str, ...] = (),
+    *,
+    tune_gemlite: bool = False,
 ) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
     """The fastest kind for each linear at ``rows`` rows, and every kind's microseconds.
 
-    ``without``: kinds left out (GemLite tunes itself for a minute a size where no tuning is saved).
+    ``tune_gemlite``: let GemLite search where no tuning of it is saved, instead of leaving it out.
     Each candidate must first agree with the float32 product to 2 %, or it is left out and said so.
     Weights rotate over more than 200 MB.
     """
@@ -213,8 +225,7 @@ def choose(
         return dict.fromkeys(sizes, PLAIN), {}
     from benchmarks.timing import relative_error, time_graph
 
-    kinds = [k for k in KINDS if k not in without and (k != "gemlite" or gemlite_available(notes))]
-    notes += [f"{kind}: left out by request" for kind in without]
+    with_gemlite = gemlite_runs(notes)
     chosen: dict[str, str] = {}
     figures: dict[str, dict[str, float]] = {}
     for name, (k, n) in sizes.items():
@@ -222,7 +233,12 @@ def choose(
         copies = [Int4.random(k, n, device) for _ in range(max(2, math.ceil(4e8 / (k * n))))]
         x = torch.randn(rows, k, device=device).bfloat16()
         wanted = x.float() @ copies[0].dense().t()
-        for kind in kinds:
+        for kind in KINDS:
+            if kind == "gemlite" and not with_gemlite:
+                continue
+            if kind == "gemlite" and not (tune_gemlite or gemlite_tuned(k, n, rows)):
+                notes.append(f"gemlite left out at {k}x{n}, {rows} rows: no tuning is saved")
+                continue
             linears: list[DecodeLinear] = []
             try:
                 linears = [KINDS[kind](c) for c in copies]

@@ -51,7 +51,7 @@ class Stock:
         setting: Setting,
         new_tokens: int,
         rows: int,
-        without: tuple[str, ...] = (),
+        tune_gemlite: bool = False,
     ) -> None:
         """``rows`` of the batch are prefilled when timed; decode has all of them."""
         self.shape, self.setting, self.rows, self.on = shape, setting, rows, device()
@@ -262,13 +262,12 @@ def measure(
     repeats: int,
     visions: tuple[str, ...] = ("bf16",),
     prefill_rows: int | None = None,
-    without: tuple[str, ...] = (),
+    tune_gemlite: bool = False,
     report: Callable[[Measured], None] = lambda result: None,
 ) -> list[Measured]:
     """Measure one setting with the vision tower in each precision of ``visions``.
 
-    ``without``: kinds of linears not to choose from (:func:`choose`); ``report`` is called with
-    each result as soon as it is there.
+    ``tune_gemlite``: see :func:`choose`; ``report`` is called with each result as it comes.
 
     ``prefill_rows``: how many of the batch's rows are really prefilled; the time of the others is
     taken as the same (rows are prefilled one after the other) and the result says so. Decode is
@@ -277,7 +276,7 @@ def measure(
     torch._dynamo.config.recompile_limit = 64
     batch, prompt = setting.batch, setting.prompt_tokens
     rows = min(batch, prefill_rows or batch)
-    stock = Stock(shape, setting, new_tokens, rows, without)
+    stock = Stock(shape, setting, new_tokens, rows, tune_gemlite)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     results = []
