@@ -58,7 +58,9 @@ class Stock:
         self.notes: list[str] = []
         self.chosen: dict[str, str] = {}
         language, prompt = shape.language, setting.prompt_tokens
-        kinds, figures = choose(language.linears, setting.batch, self.on, self.notes, without)
+        kinds, figures = choose(
+            language.linears, setting.batch, self.on, self.notes, tune_gemlite=tune_gemlite
+        )
         self._say("linear", kinds, figures)
         self.kinds = kinds
         self._choose_attention(prompt + new_tokens // 2)
