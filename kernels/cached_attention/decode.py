@@ -48,6 +48,13 @@ def _wait_for_previous():
 
 @triton.jit
 @no_type_check
+def _slot(i, split, splits, RUN: tl.constexpr):
+    """Slot of the index that is the i-th of a share: runs of RUN slots are dealt out in turn."""
+    return ((i // RUN) * splits + split) * RUN + i % RUN
+
+
+@triton.jit
+@no_type_check
 def _let_next_start():
     """The next kernel may be brought onto the processors, up to where it waits for this one."""
     if not _INTERPRETED:
@@ -55,49 +62,6 @@ def _let_next_start():
             "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False,
             pack=1,
         )  # fmt: skip
-
-
-@triton.jit
-@no_type_check
-def _combine(
-    partial, partial_lse, out, splits, rows, used,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    GROUP: tl.constexpr, ALL: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Heads ``rows`` [M] of a group: the shares' results weighted by 2^lse, in their order.
-
-    A share that saw no key (lse -inf) wrote no result and is not read.
-    """
-    every = tl.arange(0, ALL)
-    lses = tl.load(
-        partial_lse + every[:, None] * GROUP + rows[None, :],
-        mask=(every < splits)[:, None] & used[None, :], other=float("-inf"), cache_modifier=".cg",
-    )  # fmt: skip
-    peak = tl.max(lses, 0)
-    shift = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(tl.exp2(lses - shift[None, :]), 0)
-    dims = tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first in range(0, splits, CHUNK):
-        some = first + tl.arange(0, CHUNK)
-        lse = tl.load(
-            partial_lse + some[:, None] * GROUP + rows[None, :],
-            mask=(some < splits)[:, None] & used[None, :], other=float("-inf"),
-            cache_modifier=".cg",
-        )  # fmt: skip
-        at = (some[:, None] * GROUP + rows[None, :]) * D
-        value = tl.load(
-            partial + at[:, :, None] + dims[None, None, :],
-            mask=(some < splits)[:, None, None] & (used[:, None] & (dims < D)[None, :])[None, :, :],
-            other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        weight = tl.exp2(lse - shift[None, :])[:, :, None]
-        acc += tl.sum(tl.where(weight > 0, value * weight, 0.0), 0)
-    result = acc / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(
-        out + rows[:, None] * D + dims[None, :], result.to(out.dtype.element_ty),
-        mask=used[:, None] & (dims < D)[None, :],
-    )  # fmt: skip
 
 
 _VARYING = [
@@ -109,7 +73,7 @@ _VARYING = [
 @no_type_check
 def _decode_kernel(
     q, k, v, k_cache, v_cache, cache_lens, new_lens, index, tail_start,
-    partial, partial_lse, out, arrived,
+    partial, partial_lse,
     q_stride_b, q_stride_h, q_stride_d,
     k_stride_b, k_stride_h, k_stride_d,
     v_stride_b, v_stride_h, v_stride_d,
@@ -119,8 +83,7 @@ def _decode_kernel(
     capacity, kv_heads, indexed, scale, window,
     GROUP: tl.constexpr, D: tl.constexpr, INDEXED: tl.constexpr, WINDOWED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COUNTED: tl.constexpr,
-    ALL: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr, FUSED: tl.constexpr,
+    RUN: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One share of the keys, for the heads of one group. Grid (splits, B * Hkv)."""
     split = tl.program_id(0)
@@ -157,14 +120,13 @@ def _decode_kernel(
     k_old = k_cache + b * kc_stride_b + kv_h * kc_stride_h
     v_old = v_cache + b * vc_stride_b + kv_h * vc_stride_h
 
-    # This share: slots split, split + splits, ... of the index up to the last in use, then a run of
-    # the tail.
+    # This share: its slots of the index up to the last in use, then its part of the tail.
     named_end = 0
     if INDEXED:
         index_row = index + b * index_stride_b + kv_h * index_stride_h
-        for first in range(0, tl.cdiv(indexed, splits), COUNTED):
+        for first in range(0, tl.cdiv(indexed, splits * RUN) * RUN, COUNTED):
             mine_at = first + tl.arange(0, COUNTED)
-            slot = split + mine_at * splits
+            slot = _slot(mine_at, split, splits, RUN)
             named = tl.load(
                 index_row + slot.to(tl.int64) * index_stride_i, mask=slot < indexed, other=-1
             )
@@ -185,7 +147,7 @@ def _decode_kernel(
     named = tl.zeros([BLOCK_N], tl.int64)
     if INDEXED:
         named = tl.load(
-            index_row + (split + lane * splits).to(tl.int64) * index_stride_i,
+            index_row + _slot(lane, split, splits, RUN).to(tl.int64) * index_stride_i,
             mask=lane < named_end, other=0,
         ).to(tl.int64)  # fmt: skip
     for first in range(0, end, BLOCK_N):
@@ -197,7 +159,8 @@ def _decode_kernel(
             present = present & (~of_index | ((named >= 0) & (named < limit)))
             at = tl.where(of_index, named, at)
             named = tl.load(  # of the next tile
-                index_row + (split + (i + BLOCK_N) * splits).to(tl.int64) * index_stride_i,
+                index_row
+                + _slot(i + BLOCK_N, split, splits, RUN).to(tl.int64) * index_stride_i,
                 mask=i + BLOCK_N < named_end, other=0,
             ).to(tl.int64)  # fmt: skip
         keys = tl.load(
@@ -229,10 +192,10 @@ def _decode_kernel(
         score = tl.where(kept & (start >= tail), score, float("-inf"))
         peak_new = tl.maximum(peak, score)
         shift = tl.where(peak_new == float("-inf"), 0.0, peak_new)
-        p = tl.exp2(score - shift)
+        weight = tl.exp2(score - shift)
         rescale = tl.exp2(peak - shift)
-        total = total * rescale + p
-        acc = acc * rescale[None, :] + v_new.to(tl.float32)[:, None] * p[None, :]
+        total = total * rescale + weight
+        acc = acc * rescale[None, :] + v_new.to(tl.float32)[:, None] * weight[None, :]
         peak = peak_new
 
     used = heads < GROUP
@@ -244,35 +207,38 @@ def _decode_kernel(
         partial + slot[None, :] * D + dims[:, None], acc / divisor[None, :],
         mask=(used & (total > 0))[None, :] & inside[:, None],
     )  # fmt: skip
-    if FUSED:
-        tl.debug_barrier()  # all threads have stored before one of them says so
-        before = tl.atomic_add(arrived + group, 1, sem="acq_rel", scope="gpu")
-        if before == splits - 1:  # all others have stored
-            tl.store(arrived + group, 0)
-            _combine(
-                partial + group * splits * GROUP * D, partial_lse + group * splits * GROUP,
-                out + group * GROUP * D, splits, heads, used,
-                D, BLOCK_D, BLOCK_M, GROUP, ALL, CHUNK,
-            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["splits"])
 @no_type_check
 def _combine_kernel(
     partial, partial_lse, out, splits,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ALL: tl.constexpr,
-    CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, ALL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One head of the output. Grid (GROUP, B * Hkv)."""
+    """COLUMNS of one head of the output: the shares' results weighted by 2^lse, in their order.
+
+    A share that saw no key (lse -inf) wrote no result and is not read.
+    Grid (cdiv(D, COLUMNS), GROUP, B * Hkv).
+    """
+    dims = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    every = tl.arange(0, ALL)
+    row = (tl.program_id(2).to(tl.int64) * splits + every) * GROUP + tl.program_id(1)
     if OVERLAP:
         _wait_for_previous()
-    group = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) + tl.arange(0, 1)
-    _combine(
-        partial + group * splits * GROUP * D, partial_lse + group * splits * GROUP,
-        out + group * GROUP * D, splits, rows, rows < GROUP,
-        D, BLOCK_D, 1, GROUP, ALL, CHUNK,
+        _let_next_start()
+    lse = tl.load(partial_lse + row, mask=every < splits, other=float("-inf"))
+    value = tl.load(
+        partial + row[:, None] * D + dims[None, :],
+        mask=(every < splits)[:, None] & (dims < D)[None, :], other=0.0,
     )  # fmt: skip
+    peak = tl.max(lse, 0)
+    weight = tl.exp2(lse - tl.where(peak == float("-inf"), 0.0, peak))
+    total = tl.sum(weight, 0)
+    result = tl.sum(tl.where((weight > 0)[:, None], value * weight[:, None], 0.0), 0)
+    result = result / tl.where(total > 0, total, 1.0)
+    at = (tl.program_id(2).to(tl.int64) * GROUP + tl.program_id(1)) * D + dims
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=dims < D)
 
 
 @dataclass(frozen=True)
@@ -284,13 +250,10 @@ class Config:
     stages: int
     splits: int
     columns: int = 8
-    fused: bool = False
     overlap: bool = True
     combine_warps: int = 4
-    chunk: int = 16
-
-
-_counters: dict[torch.device, torch.Tensor] = {}
+    combine_columns: int = 64
+    run: int = 32
 
 
 def configure(
@@ -339,11 +302,6 @@ def decode_forward(
     splits = config.splits
     partial = torch.empty((batch * heads * splits, dim), dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(batch * heads * splits, dtype=torch.float32, device=q.device)
-    arrived = None
-    if config.fused:
-        arrived = _counters.get(q.device)
-        if arrived is None:
-            arrived = _counters[q.device] = torch.zeros(4096, dtype=torch.int32, device=q.device)
     if index is None:
         index_strides = (0, 0, 0)
     else:  # one index for all heads of a batch row, or one a key/value head
@@ -354,22 +312,21 @@ def decode_forward(
     with on_device(q):
         _decode_kernel[(splits, batch * kv_heads)](
             q, k, v, k_cache, v_cache, cache_lens, new_lens, index, tail_start,
-            partial, partial_lse, out, arrived,
+            partial, partial_lse,
             q.stride(0), q.stride(1), q.stride(3), k.stride(0), k.stride(1), k.stride(3),
             v.stride(0), v.stride(1), v.stride(3), *k_cache.stride(), *v_cache.stride(),
             *index_strides, capacity, kv_heads, indexed, scale * LOG2E, window,
             GROUP=group, D=dim, INDEXED=index is not None, WINDOWED=window > 0,
             BLOCK_M=max(config.columns, next_power_of_2(group)), BLOCK_N=config.block_n, BLOCK_D=block_d,
-            COUNTED=min(_COUNTED_AT_ONCE, max(128, next_power_of_2(cdiv(indexed, splits)))),
-            ALL=next_power_of_2(splits) if config.fused else 1,
-            CHUNK=config.chunk if config.fused else 1,
-            PRECISION=dot_precision(q.dtype), OVERLAP=overlap, FUSED=config.fused,
+            COUNTED=min(_COUNTED_AT_ONCE, max(128, next_power_of_2(cdiv(indexed, splits * config.run) * config.run))),
+            RUN=config.run,
+            PRECISION=dot_precision(q.dtype), OVERLAP=overlap,
             num_warps=config.warps, num_stages=config.stages, **options,
         )  # fmt: skip
-        if not config.fused:
-            _combine_kernel[(group, batch * kv_heads)](
-                partial, partial_lse, out, splits,
-                GROUP=group, D=dim, BLOCK_D=block_d, ALL=next_power_of_2(splits),
-                CHUNK=config.chunk, OVERLAP=overlap, num_warps=config.combine_warps, **options,
-            )  # fmt: skip
+        columns = min(block_d, config.combine_columns)
+        _combine_kernel[(cdiv(dim, columns), group, batch * kv_heads)](
+            partial, partial_lse, out, splits,
+            GROUP=group, D=dim, COLUMNS=columns, ALL=next_power_of_2(splits), OVERLAP=overlap,
+            num_warps=config.combine_warps, **options,
+        )  # fmt: skip
     return out
