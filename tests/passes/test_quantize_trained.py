@@ -184,3 +184,46 @@ def test_awq_is_below_rounding(group_size: int, monkeypatch: pytest.MonkeyPatch)
     assert 1e-3 < awq < most_end_to_end * plain
     assert turns[0] >= 90
     assert turns[2] >= turns[0] - 3
+
+
+# How large the median error of a text token's logits may be, as a share of plain int8's (measured:
+# 0.75 for the language model), or, float8 without calibration, on its own.
+MOST_SMOOTH = {"vision": 1.1, "language": 0.85}
+MOST_FLOAT8 = 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("component", MOST_SMOOTH)
+def test_eight_bits(component: str) -> None:
+    """int8 with SmoothQuant against without, and float8: layer by layer, and at the end.
+
+    In this vision tower the layers that nothing can smooth (behind GELU, and the projector) make
+    nearly all of the error: there smoothing gains in its layers alone.
+    """
+    talk = held_out().dialogues
+    processor = hf.load_processor(str(CARDS / "checkpoint"))
+    outs, notes = {}, {}
+    for label, options in {
+        "int8": {"scheme": "w8a8", "method": "rtn"},
+        "smooth": {"scheme": "w8a8", "calibration": DATA},
+        "float8": {"scheme": "fp8"},
+    }.items():
+        program = traced().snapshot()
+        context = Context(processor=processor, base=str(CARDS))
+        report, _ = quantize(program, context, component=component, **options)
+        outs[label], notes[label] = logits(program), report.notes
+    errors = {label: median_error(out) for label, out in outs.items()}
+    turns = {
+        label: 100 * float(exact_turns(out, talk).float().mean())
+        for label, out in {"float": exact(), **outs}.items()
+    }
+    smooth = notes["smooth"]
+    print(f"{component}: logits off by {errors}; turns right: {turns}; layers: "
+          f"{smooth['output_error_smoothquant_over_rtn']:.2f}, {smooth['folded_into']}, "
+          f"{smooth['unscaled_because']}")  # fmt: skip
+    assert smooth["output_error_smoothquant_over_rtn"] < 0.85
+    assert smooth["folded_scales"] >= 20
+    assert 1e-3 < errors["smooth"] < MOST_SMOOTH[component] * errors["int8"]
+    assert errors["int8"] < errors["float8"] < MOST_FLOAT8
+    assert turns["float"] >= 90
+    assert all(share >= turns["float"] - 2 for share in turns.values())
