@@ -31,7 +31,9 @@ TEXT_IDS = 30000
 Spec = tuple[str, dict[str, Any]]
 
 INT4: Spec = ("quantize_linear", {"method": "rtn", "group_size": 128, "ignore": ()})
+PADDED: Spec = ("pad_linears", {"optional": True})
 FUSED: list[Spec] = [
+    PADDED,
     ("merge_linears", {}),
     ("fuse_rms_norm", {}),
     ("fuse_rotary", {}),

@@ -2,12 +2,14 @@
 
 from . import (
     canonicalize,
+    fp8_prefill,
     fuse_rms_norm,
     fuse_rotary,
     fuse_silu_mul,
     insert_kv_cache,
     lower_ops,
     merge_linears,
+    pad_linears,
     prune_visual_tokens,
     quantize_linear,
     sparsify_decode_attention,
@@ -15,12 +17,14 @@ from . import (
 
 __all__ = [
     "canonicalize",
+    "fp8_prefill",
     "fuse_rms_norm",
     "fuse_rotary",
     "fuse_silu_mul",
     "insert_kv_cache",
     "lower_ops",
     "merge_linears",
+    "pad_linears",
     "prune_visual_tokens",
     "quantize_linear",
     "sparsify_decode_attention",
