@@ -175,10 +175,9 @@ class QuantizeLinear(Pass[QuantizeLinearConfig]):
     repeatable = True  # once a component
 
     def requires(self, program: Program) -> None:
-        if self.config.scheme == "fp8":
-            missing = float8_missing(program.device)
-            if missing is not None:
-                raise UserError(f"scheme: fp8 {missing}; use scheme: w8a8")
+        missing = float8_missing(program.device) if self.config.scheme == "fp8" else None
+        if missing is not None:
+            raise UserError(f"scheme: fp8 {missing}; use scheme: w8a8")
         if self.config.component == "language" and not program.caches:
             raise UserError(
                 "language linears are calibrated through the KV cache; list insert_kv_cache before it"
@@ -244,10 +243,9 @@ class QuantizeLinear(Pass[QuantizeLinearConfig]):
     def _round(self, program: Program, group: Group) -> None:
         for name in group.names:
             try:
-                parts = self._scheme.rounded(program.weights[name], program.dtype)
+                self._packed[name] = self._scheme.rounded(program.weights[name], program.dtype)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
-            self._packed[name] = parts
 
     def _calibrate(self, program: Program, context: Context) -> None:
         given = self.config.calibration

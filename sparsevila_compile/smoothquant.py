@@ -150,8 +150,9 @@ def quantize_smooth(
 
 
 def _spaced(values: Sequence[torch.Tensor]) -> torch.Tensor:
-    tokens = torch.cat([x.flatten(0, -2) for x in values])
-    return tokens[:: -(-len(tokens) // MOST_TOKENS)]
+    flat = [x.flatten(0, -2) for x in values]
+    step = -(-sum(map(len, flat)) // MOST_TOKENS)
+    return torch.cat([x[::step] for x in flat])
 
 
 def _error(
