@@ -160,9 +160,12 @@ def eager(c: Case) -> Tensor:
 
 def allowed(c: Case, exact: Tensor) -> float:
     """The bound for this case: a tenth of what eager code errs in half precision, since scores and
-    sums are float32 here; in float32 a few times, and never under a few units of resolution."""
+    sums are float32 here; in float32 a few times, and never under the resolution of a row's
+    log-sum-exp, a float32 of the size of its greatest score."""
     if c.q.dtype == torch.float32:
-        return max(bound_from(eager(c), exact, factor=4), 2e-6)
+        longest = [x.float().norm(dim=-1).nan_to_num(0).max() for x in (c.q, c.k)]
+        size = float(longest[0] * longest[1]) * c.scale
+        return max(bound_from(eager(c), exact, factor=4), torch.finfo(torch.float32).eps * size)
     return min(bound_from(eager(c), exact), 0.02) / 10
 
 
@@ -203,6 +206,13 @@ def with_lse(c: Case) -> Case:
     if c.row_weights is not None:
         lse.masked_fill_((c.row_weights == 0)[:, None], float("nan"))
     return replace(c, row_lse=lse)
+
+
+def rising(c: Case) -> Case:
+    """Every row's first keys score next to nothing, its last ones far more than exp can express."""
+    size = torch.linspace(0, 1, c.k.shape[2]).pow(4)[:, None]
+    q = c.q.abs()
+    return replace(c, q=q, k=(c.k.abs() * size).to(c.k.dtype), scale=300 / c.q.shape[3])
 
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -270,6 +280,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "lse-packed": lambda: with_lse(case(batch=1, rows=130, keys=130, cu_seqlens=SEGMENTS)),
     "lse-weights": lambda: with_lse(
         nan_rows(case(rows=60, row_weights=sparse_weights(2, 60), k_lens=torch.tensor([75, 50])))
+    ),
+    "rising": lambda: rising(case(keys=150, heads="none")),
+    "rising-bf16": lambda: rising(case(keys=200, dim=80, dtype=BF16)),
+    "rising-causal": lambda: rising(
+        case(rows=5, keys=300, causal=True, q_start=torch.tensor([290, 150]), heads="kv")
     ),
     "strided": lambda: strided(case(dim=72, dtype=BF16, heads="kv")),
     "strided-fp32": lambda: strided(case(dim=80)),

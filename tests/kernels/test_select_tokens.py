@@ -126,6 +126,16 @@ CASES = {
         randn(12 * 130), *[(130 * r, 130 - 3 * r, 13, 13 * r) for r in range(12)], total=12 * 13
     ),
     "long": case(randn(200_000), (0, 200_000, 20_000, 0), total=20_000),
+    "shared": case(randn(20_000), (0, 20_000, 4000, 0), total=4000),
+    "shared-ties": case(randn(20_000).mul(3).round(), (0, 20_000, 5000, 0), total=5000),
+    "shared-all-equal": case(torch.full((9000,), 0.25), (0, 9000, 7000, 0), total=7000),
+    "shared-spotted": case(spotted(18_000), (0, 9000, 4000, 0), (9000, 9000, 31, 4000), total=4031),
+    "shared-close": case(close(20_000), (0, 20_000, 1111, 0), total=1111),
+    "shared-ragged": case(
+        *(randn(30_000), (100, 23_000, 4000, 9), (0, 0, 0, 0), (23_200, 300, 300, 4500)),
+        *((5, 29_995, 0, 0),),
+        total=4900,
+    ),
     "nothing": case(randn(5), total=4),
     "no-slots": case(randn(5), (0, 5, 0, 0), total=0),
     "no-scores": case(randn(0), (0, 0, 0, 0), total=2),

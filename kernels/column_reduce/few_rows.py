@@ -1,0 +1,120 @@
+"""Second pass of ``column_reduce`` for few rows and many columns: rows held, keys streamed."""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+from ..triton_support import dot, tl, triton
+from .tiles import load_held, load_part, place
+
+
+@triton.jit
+@no_type_check
+def few_rows_kernel(
+    q,
+    k,
+    weights,
+    q_start,
+    k_lens,
+    columns,
+    lse,
+    out,
+    scale_log2,
+    norm,
+    q_batch,
+    q_head,
+    q_row,
+    q_dim,
+    k_batch,
+    k_head,
+    k_row,
+    k_dim,
+    batch,
+    rows,
+    keys,
+    width,
+    weights_batch,
+    weights_row,
+    columns_batch,
+    columns_row,
+    GROUPS: tl.constexpr,
+    HEADS: tl.constexpr,
+    SHARING: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    GATHER: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    DIM: tl.constexpr,
+    PART: tl.constexpr,
+    MORE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out[block of rows, b, group, j] = norm * sum of w_i P[i, column j] over the block's rows.
+
+    Programs share the columns, in equal parts of whole blocks, and the blocks of rows.
+    """
+    part = tl.program_id(0)
+    row_block = tl.program_id(1)
+    group = tl.program_id(2)
+    b = (group // GROUPS).to(tl.int64)
+    g = group % GROUPS
+    r = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    used = r < rows * HEADS
+    if WEIGHTED:
+        at = b * weights_batch + (r // HEADS).to(tl.int64) * weights_row
+        weight = tl.load(weights + at, mask=used, other=0.0)
+        used = used & (weight != 0)
+    minus = tl.load(lse + group.to(tl.int64) * (rows * HEADS) + r, mask=used, other=float("inf"))
+    q_base = q + b * (q_batch * UNIT) + (g * HEADS).to(tl.int64) * (q_head * UNIT)
+    q_at = place(r.to(tl.int64) if WIDE else r, HEADS, q_head * UNIT, q_row * UNIT)
+    held = load_part(q_base, q_at, used, q_dim, False, DIM, 0, PART)
+    if MORE > 0:
+        held_more = load_part(q_base, q_at, used, q_dim, False, DIM, PART, MORE)
+    end_key = keys
+    if LENGTHS:
+        end_key = tl.minimum(tl.load(k_lens + b), keys).to(tl.int32)
+    if CAUSAL:
+        last = tl.load(q_start + b).to(tl.int32) + r // HEADS
+        seen_by_all = tl.min(tl.where(used, last, keys), 0)
+
+    k_base = k + b * (k_batch * UNIT) + (g * HEADS // SHARING).to(tl.int64) * (k_head * UNIT)
+    out_base = out + (row_block * (batch * GROUPS) + group).to(tl.int64) * width
+    zeros = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    per = tl.cdiv(tl.cdiv(width, BLOCK_N), tl.num_programs(0)) * BLOCK_N
+    start = part * per
+    stop = tl.minimum(start + per, width)
+    # From `after` on no row is used or sees anything.
+    after = tl.where(tl.max(used.to(tl.int32), 0) > 0, stop, start)
+    if not GATHER:
+        seen = tl.minimum(end_key, after)
+        if CAUSAL:
+            seen = tl.minimum(tl.max(tl.where(used, last, -1), 0) + 1, seen)
+        seen -= start
+        after = start + tl.cdiv(tl.maximum(seen, 0), BLOCK_N) * BLOCK_N
+    for j0 in tl.range(start, tl.minimum(after, stop), BLOCK_N, num_stages=STAGES):
+        j = j0 + tl.arange(0, BLOCK_N)
+        n = j
+        if GATHER:
+            at = b * columns_batch + j.to(tl.int64) * columns_row
+            n = tl.load(columns + at, mask=j < stop, other=-1).to(tl.int32)
+        exists = (n >= 0) & (n < end_key) & (j < stop)
+        k_at = (n.to(tl.int64) if WIDE else n) * (k_row * UNIT)
+        s = dot(load_held(k_base, k_at, exists, k_dim, DIM, 0, PART), held, zeros, PRECISION)
+        if MORE > 0:
+            more = load_held(k_base, k_at, exists, k_dim, DIM, PART, MORE)
+            s = dot(more, held_more, s, PRECISION)
+        p = tl.exp2(s * scale_log2 - minus[None, :])
+        if CAUSAL:  # noqa: SIM102 - the outer one is decided at compile time
+            if tl.max(tl.where(exists, n, -1), 0) > seen_by_all:
+                p = tl.where(n[:, None] <= last[None, :], p, 0.0)
+        if WEIGHTED:
+            p = p * weight[None, :]
+        tl.store(out_base + j, tl.where(exists, tl.sum(p, 1) * norm, 0.0), mask=j < stop)
+    for j0 in range(after, stop, BLOCK_N):
+        j = j0 + tl.arange(0, BLOCK_N)
+        tl.store(out_base + j, tl.zeros([BLOCK_N], tl.float32), mask=j < stop)
