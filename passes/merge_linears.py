@@ -167,7 +167,7 @@ def _check(node: fx.Node, readers: Readers, tied: set[str]) -> None:
         need(name not in tied, "its weight is tied to another one")
         for users in readers[name].values():
             need(len(users) <= 1, "its weight serves several inputs")
-            need(all(u.target is node.target for u in users), "its weight is no linear's elsewhere")
+            need(all(u.target in BIAS_AT for u in users), "its weight is no linear's elsewhere")
 
 
 def _judge(
@@ -184,9 +184,11 @@ def _judge(
         need(len(biases) <= 1, "the biases differ in dtype")
         shared = [readers[str(_parts(n)[0].target)] for n in group]
         for name in dict.fromkeys(c for users in shared for c in users):
-            inputs = {u.args[0] for users in shared for u in users.get(name, ())}
-            together = len(inputs) == 1 and all(name in users for users in shared)
-            need(together, f"in {name} it does not read what the others read")
+            nodes = [u for users in shared for u in users.get(name, ())]
+            together = (
+                len(nodes) == len(group) and len({(n.args[0], _storage(n)) for n in nodes}) == 1
+            )
+            need(together, f"in {name} it does not read what the others read, or not alike")
     except Unlike as why:
         for node in group:
             yield Miss(component, str(why), module_path(node), node.name)
