@@ -1,5 +1,7 @@
 """Flash-style attention forward in Triton: softmax computed over tiles of keys, never stored.
 
+The kernel here serves any GPU, dtype and strides; on Hopper most calls go to :mod:`.hopper`.
+
 After Dao, "FlashAttention-2" (arXiv 2307.08691), section 3.1. Every restriction (segments, causal,
 window, lengths) is one interval of keys per query row, so a tile of keys is either inside all
 intervals of a block of rows (no mask), outside all (never loaded) or masked.
@@ -22,8 +24,10 @@ from ..triton_support import (
     tl,
     triton,
 )
+from . import hopper
+from .hopper_parts import LOG2E as LOG2E
+from .hopper_parts import unsuitable
 
-LOG2E = 1.4426950408889634
 _LN2 = tl.constexpr(0.6931471805599453)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 256
@@ -264,6 +268,12 @@ def flash_forward(
     if with_lse:
         lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
+        return out, lse
+    if unsuitable(q, k, v, scale) is None:
+        hopper.flash_forward(
+            q, k, v, out, lse, scale, causal=causal, window=window,
+            cu_seqlens=cu_seqlens, q_start=q_start, q_lens=q_lens,
+        )  # fmt: skip
         return out, lse
     block_m, block_n, warps = _blocks(rows, dim, q.dtype)
     segments = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from sparsevila_compile.kernels.attention.hopper_parts import unsuitable
 from sparsevila_compile.kernels.attention.op import LSE, OP
 from sparsevila_compile.kernels.attention.reference import attend
 from sparsevila_compile.kernels.triton_support import cuda_or_interpreter, needs_cuda
@@ -400,3 +401,45 @@ def test_full_size(
     bound = bound_from(low, double)
     assert_close_to(out, exact, bound, f"{impl} at {length}")
     assert_catches_broken(out, exact, bound)
+
+
+HOPPER = {
+    "full": Restriction(),
+    "causal": Restriction(causal=True),
+    "window": Restriction(causal=True, window=200),
+    "windows of 64": Restriction(tuple(range(0, 833, 64))),
+    "segments": Restriction((0, 300, 301, 301, 400, 833)),
+    "small segments": Restriction((0, 5, 9, 70, 71, 200, 210, 260, 700, 833)),
+    "packed causal window, rows outside": Restriction((30, 320, 700), causal=True, window=150),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim, heads", [(64, (4, 2)), (80, (2, 2)), (128, (7, 1))])
+@pytest.mark.parametrize("case", HOPPER)
+def test_hopper(case: str, dim: int, heads: tuple[int, int]) -> None:
+    """Every restriction in the kernels for Hopper: several tiles of keys, rows and programs."""
+    device = torch.device("cuda")
+    q, k, v = qkv(device, torch.bfloat16, 1, heads, 833, dim)
+    if torch.cuda.get_device_capability(device)[0] == 9:
+        assert unsuitable(q, k, v, 1.0) is None
+    check_lse("triton", q, k, v, HOPPER[case])
+    check("triton", q, k, v, HOPPER[case], broken=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("dim", [32, 40, 48, 72, 96, 112, 120])
+def test_hopper_head_dims(dim: int, dtype: torch.dtype) -> None:
+    q, k, v = qkv(torch.device("cuda"), dtype, 3, (4, 2), 301, dim)
+    check("triton", q, k, v, Restriction(causal=True), broken=True)
+    check_lse("triton", q[:1], k[:1], v[:1], Restriction((0, 100, 301)))
+
+
+@pytest.mark.gpu
+def test_hopper_many_programs() -> None:
+    """More blocks of rows than processors: each program does several, and repeats to the bit."""
+    q, k, v = qkv(torch.device("cuda"), torch.bfloat16, 8, (28, 4), 700, 128)
+    check("triton", q, k, v, Restriction(causal=True))
+    once, again = (OP.overload(q, k, v, None, 0.1, True, 0, impl="triton") for _ in range(2))
+    assert torch.equal(once, again)
