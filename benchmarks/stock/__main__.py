@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,8 @@ def main() -> None:
         help="let GemLite search for its block sizes (a minute a size) where none are saved",
     )
     given = parser.parse_args()
+    warnings.filterwarnings("ignore", module="benchmarks.stock")  # kernels torch cannot use here
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms %(message)s")
     shape = SHAPES[given.shape]
     if given.layers is not None:
         shape = replace(

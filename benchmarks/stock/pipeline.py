@@ -9,6 +9,7 @@ calls cuBLAS; attention is the fastest of torch's own kernels; the parts between
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable
 from statistics import median
@@ -23,6 +24,8 @@ from benchmarks.stock.check import check_language, check_vision
 from benchmarks.stock.language import Language, rope_positions
 from benchmarks.stock.linears import choose
 from benchmarks.stock.vision import MOST_PATCHES, Vision
+
+LOG = logging.getLogger(__name__)
 
 SIDES = {
     "bf16": "stock int4, vision bf16",
@@ -62,6 +65,7 @@ class Stock:
             language.linears, setting.batch, self.on, self.notes, tune_gemlite=tune_gemlite
         )
         self._say("linear", kinds, figures)
+        LOG.info("linears chosen: %s", figures)
         self.kinds = kinds
         self._choose_attention(prompt + new_tokens // 2)
         self.errors: dict[str, float] = {}
@@ -109,6 +113,7 @@ class Stock:
         def pick(what: str, inputs: list[Any], causal: bool, graph: bool) -> Attention:
             name, call, figures = choose_attention(inputs, causal, self.notes, graph=graph)
             self._say("attention", {what: name}, {what: figures})
+            LOG.info("attention for %s chosen: %s", what, figures)
             return call
 
         piece = min(setting.prompt_tokens, 16_384)
@@ -286,8 +291,10 @@ def measure(
     for kind in visions:
         try:
             stock.set_vision(kind)
-            stock.first_token()  # compiles, plans, allocates
+            warm = stock.first_token()  # compiles, plans, allocates
+            LOG.info("%s: first run %s", kind, warm)
             stock.check()
+            LOG.info("errors %s", stock.errors)
         except (ArithmeticError, RuntimeError) as problem:
             if kind == "bf16":
                 raise
@@ -297,6 +304,7 @@ def measure(
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         firsts = [stock.first_token() for _ in range(repeats)]
+        LOG.info("%s: first tokens %s", kind, firsts)
         if timed is None:
             stock.fill()
             step = stock.capture(prompt + new_tokens // 2)
