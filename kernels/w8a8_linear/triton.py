@@ -13,7 +13,6 @@ from typing import Any, no_type_check
 
 import torch
 
-from ..dependent_launch import begin, launch_options, wait
 from ..triton_support import (
     HAVE_TRITON,
     Reason,
@@ -92,11 +91,8 @@ def _round_rows(
     ALIGNED: tl.constexpr,  # divides K and stride_xm
     BLOCK: tl.constexpr,
     REST: tl.constexpr,  # BLOCK + REST >= WIDTH
-    EARLY: tl.constexpr,
 ):
     """One program: one row, held in registers, in two pieces so that few lanes idle."""
-    begin(EARLY)
-    wait(EARLY)
     m = tl.program_id(0).to(tl.int64)
     x += m * (stride_xm // ALIGNED * ALIGNED)
     codes += m * WIDTH
@@ -186,11 +182,8 @@ def _multiply(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """One program: one tile, or every PROGRAMS-th, the next one's loads ahead of the last's end."""
-    begin(EARLY)
-    wait(EARLY)
     # fmt: off
     if PROGRAMS:
         tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
@@ -248,7 +241,6 @@ def round_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch
             BLOCK=block,
             REST=rest,
             num_warps=min(16, max(1, block // 1024)),
-            **launch_options(x.device),
         )
     return codes, scales
 
@@ -327,6 +319,5 @@ def w8a8_linear(
             BLOCK_K=blocks.k,
             num_stages=blocks.num_stages,
             num_warps=blocks.num_warps,
-            **launch_options(x.device),
         )
     return out.to(x.dtype).view(*x.shape[:-1], outputs)
