@@ -33,6 +33,7 @@ Spec = tuple[str, dict[str, Any]]
 INT4: Spec = ("quantize_linear", {"method": "rtn", "group_size": 128, "ignore": ()})
 PADDED: Spec = ("pad_linears", {"optional": True})
 FUSED: list[Spec] = [
+    ("conv_to_linear", {"optional": True}),
     PADDED,
     ("merge_linears", {}),
     ("fuse_rms_norm", {}),

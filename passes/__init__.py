@@ -2,6 +2,7 @@
 
 from . import (
     canonicalize,
+    conv_to_linear,
     fp8_prefill,
     fuse_rms_norm,
     fuse_rotary,
@@ -17,6 +18,7 @@ from . import (
 
 __all__ = [
     "canonicalize",
+    "conv_to_linear",
     "fp8_prefill",
     "fuse_rms_norm",
     "fuse_rotary",

@@ -311,6 +311,8 @@ class Engine:
             there are visual tokens, ``scores_i`` by layer.
         """
         counts = [len(f.ids) for f in feeds]
+        # Chunks of one size: the largest decides how much memory activations take.
+        chunk = -(-max(counts) // -(-max(counts) // chunk))
         score_columns = _pad_rows(columns, -1).to(device=self.device, dtype=torch.int32)
         sparse = score and "turn" in self.modules and score_columns.shape[1] > 0
         logits: list[torch.Tensor] = [torch.empty(0)] * len(feeds)
