@@ -10,6 +10,7 @@ from sparsevila_compile.kernels.retrieval_attention.op import OP as _retrieval_a
 from sparsevila_compile.kernels.rotary.op import OP as _rotary
 from sparsevila_compile.kernels.select_tokens.op import OP as _select_tokens
 from sparsevila_compile.kernels.silu_mul.op import OP as _silu_mul
+from sparsevila_compile.kernels.w4a8_linear.op import OP as _w4a8_linear
 from sparsevila_compile.kernels.w4a16_linear.op import OP as _w4a16_linear
 from sparsevila_compile.kernels.w8a8_linear.op import OP as _w8a8_linear
 
@@ -23,5 +24,6 @@ RETRIEVAL_ATTENTION = _retrieval_attention.overload
 ROTARY = _rotary.overload
 SELECT_TOKENS = _select_tokens.overload
 SILU_MUL = _silu_mul.overload
+W4A8_LINEAR = _w4a8_linear.overload
 W4A16_LINEAR = _w4a16_linear.overload
 W8A8_LINEAR = _w8a8_linear.overload
