@@ -47,12 +47,13 @@ def check_ids(
         raise UserError(
             f"attention_mask has the shape {tuple(keep.shape)}, input_ids {tuple(ids.shape)}"
         )
-    rows = [row[mask] for row, mask in zip(ids, keep, strict=True)]
+    whole = bool(keep.all())
+    rows = [row if whole else row[mask] for row, mask in zip(ids, keep, strict=True)]
     for b, row in enumerate(rows):
         if not len(row):
             raise UserError(f"row {b} of the batch has no tokens")
-        text = row[~torch.isin(row, torch.tensor(sorted(placeholders)))]
-        wrong = text[(text < 0) | (text >= vocabulary)]
+        outside = row[(row < 0) | (row >= vocabulary)]
+        wrong = outside[~torch.isin(outside, torch.tensor(sorted(placeholders)))]
         if len(wrong):
             raise UserError(
                 f"input_ids holds {int(wrong[0])}, but the vocabulary has {vocabulary} tokens; is this another model's processor?"
