@@ -66,8 +66,8 @@ def few_rows_kernel(
     r = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
     used = r < rows * HEADS
     if WEIGHTED:
-        at = b * weights_batch + (r // HEADS).to(tl.int64) * weights_row
-        weight = tl.load(weights + at, mask=used, other=0.0)
+        weight_at = b * weights_batch + (r // HEADS).to(tl.int64) * weights_row
+        weight = tl.load(weights + weight_at, mask=used, other=0.0)
         used = used & (weight != 0)
     minus = tl.load(lse + group.to(tl.int64) * (rows * HEADS) + r, mask=used, other=float("inf"))
     q_base = q + b * (q_batch * UNIT) + (g * HEADS).to(tl.int64) * (q_head * UNIT)
@@ -100,8 +100,8 @@ def few_rows_kernel(
         j = j0 + tl.arange(0, BLOCK_N)
         n = j
         if GATHER:
-            at = b * columns_batch + j.to(tl.int64) * columns_row
-            n = tl.load(columns + at, mask=j < stop, other=-1).to(tl.int32)
+            column_at = b * columns_batch + j.to(tl.int64) * columns_row
+            n = tl.load(columns + column_at, mask=j < stop, other=-1).to(tl.int32)
         exists = (n >= 0) & (n < end_key) & (j < stop)
         k_at = (n.to(tl.int64) if WIDE else n) * (k_row * UNIT)
         s = dot(load_held(k_base, k_at, exists, k_dim, DIM, 0, PART), held, zeros, PRECISION)

@@ -17,6 +17,16 @@ def _log_sum(peak, total, NOTHING: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _hide(s, n, last, stop, CAUSAL: tl.constexpr):
+    """Scores ``s`` of the keys ``n``, -inf from ``stop`` and, by row, from ``last`` on."""
+    seen = (n < stop)[None, :]
+    if CAUSAL:
+        seen = seen & (n[None, :] < last[:, None])
+    return tl.where(seen, s, float("-inf"))
+
+
+@triton.jit
+@no_type_check
 def row_lse_kernel(
     q,
     k,
@@ -120,7 +130,7 @@ def row_lse_kernel(
         held, held_more, zeros, k_base, at * k_step, n < stop, k_dim, False, DIM, PART, MORE,
         PRECISION,
     )  # fmt: skip
-    s = tl.where(n[None, :] < tl.minimum(last, stop)[:, None], s * scale_log2, float("-inf"))
+    s = _hide(s * scale_log2, n, last, stop, CAUSAL)
     peak = tl.max(s, 1)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     sums = narrow(tl.exp2(s - peak[:, None]), BLOCK_R, BLOCK_N)
@@ -140,7 +150,7 @@ def row_lse_kernel(
             held, held_more, zeros, k_base, at * k_step, n < stop, k_dim, False, DIM, PART, MORE,
             PRECISION,
         )  # fmt: skip
-        s = tl.where(n[None, :] < tl.minimum(last, stop)[:, None], s * scale_log2, float("-inf"))
+        s = _hide(s * scale_log2, n, last, stop, CAUSAL)
         sums += narrow(tl.exp2(s - peak[:, None]), BLOCK_R, BLOCK_N)
     total = tl.sum(sums, 1)
     if tl.max((total == float("inf")).to(tl.int32), 0) > 0:
@@ -152,9 +162,7 @@ def row_lse_kernel(
                 held, held_more, zeros, k_base, at * k_step, n < stop, k_dim, False, DIM, PART, MORE,
                 PRECISION,
             )  # fmt: skip
-            s = tl.where(
-                n[None, :] < tl.minimum(last, stop)[:, None], s * scale_log2, float("-inf")
-            )
+            s = _hide(s * scale_log2, n, last, stop, CAUSAL)
             higher = tl.maximum(peak, tl.max(s, 1))
             total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(s - higher[:, None]), 1)
             peak = higher

@@ -34,7 +34,8 @@ from .tiles import SEGMENTS_AT_ONCE, split_dim
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_DIM = 256
 FEW_ROWS = 1024
-"""With at most so many rows (times heads that share a key) they are held and keys streamed."""
+"""With at most so many rows (times heads that share a key), and four times as many columns, rows
+are held and keys streamed."""
 
 
 def triton_supports(
@@ -167,13 +168,13 @@ def column_reduce_triton(
         arguments = [q, k, row_weights, q_start, k_lens, columns, lse]
         sizes = [*strides, batch, rows, keys, width]
         more_strides = [*weights_strides, *((0, 0) if columns is None else columns.stride())]
-        few = cu_seqlens is None and rows * sharing <= min(FEW_ROWS, width)
+        few = cu_seqlens is None and rows * sharing <= min(FEW_ROWS, width // 4)
         if few:
-            blocks = _few_blocks(rows * sharing, dim, q.dtype)
+            blocks = _few_blocks(rows * sharing, dim, q.dtype, columns is not None)
             splits = cdiv(rows * sharing, blocks["BLOCK_R"])
             tiles = min(cdiv(width, blocks["BLOCK_N"]), max(1, 2 * programs // (splits * count)))
         else:
-            blocks = _sums_blocks(rows * sharing, dim, q.dtype)
+            blocks = _sums_blocks(rows * sharing // max(1, segments), dim, q.dtype)
             tiles, splits = slots(width, blocks["BLOCK_N"]), 1
             if cu_seqlens is None:
                 at_once = programs * _resident(blocks, "BLOCK_N", part + more)
@@ -231,21 +232,29 @@ def _lse_blocks(rows: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile of the first pass: rows held, keys loaded."""
     if dtype == torch.float32:  # full float32 products hold whole operands in registers
         return _small_blocks(rows, dim) | {"REGISTERS": 0}
-    return {"BLOCK_R": 128, "BLOCK_N": 64, "STAGES": 3, "REGISTERS": 0, "num_warps": 4}
+    if dim > 96 and rows >= 512:
+        return {"BLOCK_R": 128, "BLOCK_N": 128, "STAGES": 3, "REGISTERS": 1, "num_warps": 8}
+    blocks = {"BLOCK_R": 128, "BLOCK_N": 64, "STAGES": 3, "REGISTERS": 0, "num_warps": 4}
+    return blocks | ({"maxnreg": 128} if dim <= 80 else {})  # four programs a processor
 
 
 def _sums_blocks(rows: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile of the second pass: columns held, rows loaded."""
+    """Tile of the second pass: columns held, rows loaded; ``rows`` that one column is seen by."""
     if dtype == torch.float32:
         return _small_blocks(rows, dim) | {"REGISTERS": 0}
-    return {"BLOCK_R": 64, "BLOCK_N": 128, "STAGES": 3, "REGISTERS": 1, "num_warps": 4}
+    blocks = {"BLOCK_R": 64, "BLOCK_N": 128, "num_warps": 4}
+    # Putting the columns into registers pays where it is done once for many rows.
+    return blocks | (
+        {"STAGES": 3, "REGISTERS": 1} if rows >= 2048 else {"STAGES": 2, "REGISTERS": 0}
+    )
 
 
-def _few_blocks(rows: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
+def _few_blocks(rows: int, dim: int, dtype: torch.dtype, gather: bool) -> dict[str, int]:
     """Tile of the second pass where the rows are held: rows held, columns loaded."""
     if dtype == torch.float32:
         return _small_blocks(rows, dim)
-    return {"BLOCK_R": 128, "BLOCK_N": 64, "STAGES": 4, "num_warps": 4}
+    # Half of the stages are those of the columns' numbers, where these are loaded first.
+    return {"BLOCK_R": 128, "BLOCK_N": 64, "STAGES": 6 if gather else 4, "num_warps": 4}
 
 
 def _small_blocks(rows: int, dim: int) -> dict[str, int]:
