@@ -14,6 +14,7 @@ from . import (
     prune_visual_tokens,
     quantize_linear,
     sparsify_decode_attention,
+    trim_last_layer,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "prune_visual_tokens",
     "quantize_linear",
     "sparsify_decode_attention",
+    "trim_last_layer",
 ]
