@@ -1,7 +1,8 @@
 """``prune_visual_tokens``: query-agnostic pruning of visual tokens (SparseVILA, Alg. 2).
 
 The encoder's attention says how salient each token is; the scores come from the queries and keys
-of one layer, never from a materialised attention matrix. Pruning happens before the token merge,
+of one layer, never from a materialised attention matrix. Where that layer's attention runs anyway, it
+also returns the log-sum-exp of its rows, which spares the scores half of their work. Pruning happens before the token merge,
 so the language model sees a shorter sequence and does no work for pruned tokens. It is done once
 a picture and does not depend on the question, so the KV cache stays valid over turns.
 """
@@ -17,7 +18,7 @@ from torch import fx
 
 from sparsevila_compile.errors import GraphError, UserError
 from sparsevila_compile.graph_edit import Editor, module_path
-from sparsevila_compile.ops import ATTENTION, COLUMN_REDUCE, SELECT_TOKENS
+from sparsevila_compile.ops import ATTENTION, ATTENTION_LSE, COLUMN_REDUCE, SELECT_TOKENS
 from sparsevila_compile.pass_base import (
     Context,
     Match,
@@ -28,6 +29,7 @@ from sparsevila_compile.pass_base import (
     register,
     tensor_of,
 )
+from sparsevila_compile.passes.row_lse import with_lse
 from sparsevila_compile.program import Program, PruneSpec
 
 aten = torch.ops.aten
@@ -121,7 +123,13 @@ class PruneVisualTokens(Pass[PruneVisualTokensConfig]):
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
         component = program.component("vision")
         edit = Editor(component)
-        scores = self._scores(program, edit, match.node)
+        layer = module_path(match.node)
+        own_sums = self._own_sums(program, match.node)
+        if own_sums is None:
+            node, lse = with_lse(edit, match.node, ATTENTION_LSE)
+        else:
+            node, lse = match.node, None
+        scores = self._scores(program, edit, node, lse)
         for name in ("segment_starts", "segment_lengths", "segment_keep", "segment_offsets"):
             size = (
                 "segments" if name == "segment_starts" else _size(component.input("segment_starts"))
@@ -134,14 +142,17 @@ class PruneVisualTokens(Pass[PruneVisualTokensConfig]):
         segments = [
             component.input(f"segment_{n}") for n in ("starts", "lengths", "keep", "offsets")
         ]
-        kept = edit.call(SELECT_TOKENS, scores, *segments, total, before=end, origin=match.node)
+        kept = edit.call(SELECT_TOKENS, scores, *segments, total, before=end, origin=node)
         fewer = edit.call(aten.index_select.default, tokens, 0, kept, before=end, origin=tokens)
         results = [fewer if r is tokens else r for r in component.results()]
         end.args = (tuple(results),)
         edit.output("kept", kept)
         program.prune = PruneSpec(self.config.keep_ratio, self.config.budget, self.config.positions)
         context.notes["score"] = self._score(program)
-        context.notes["layer"] = module_path(match.node)
+        context.notes["layer"] = layer
+        context.notes["row_lse"] = (
+            "from the layer's attention" if own_sums is None else f"computed for it: {own_sums}"
+        )
 
     def _score(self, program: Program) -> Score:
         if self.config.score != "auto":
@@ -149,16 +160,34 @@ class PruneVisualTokens(Pass[PruneVisualTokensConfig]):
         prefix = program.layout.prefix_tokens
         return "column_mean" if not prefix else "cls" if prefix == 1 else "summary"
 
-    def _scores(self, program: Program, edit: Editor, node: fx.Node) -> fx.Node:
-        """Salience of every visual token, float32, flat, in the order of ``visual_tokens``."""
+    def _own_sums(self, program: Program, node: fx.Node) -> str | None:
+        """Why the attention's log-sum-exp cannot serve the scores, or None."""
+        if self._score(program) != "column_mean":
+            return "few rows are scored"
+        if node.args[5] or node.args[6]:
+            return "the attention is causal or windowed by distance"
+        component = program.component("vision")
+        tokens = component.results()[component.outputs.index("visual_tokens")]
+        if not _leads_to(node, tokens):
+            return "the layer's attention is not needed for the visual tokens"
+        return None
+
+    def _scores(
+        self, program: Program, edit: Editor, node: fx.Node, lse: fx.Node | None
+    ) -> fx.Node:
+        """Salience of every visual token, float32, flat, in the order of ``visual_tokens``.
+
+        ``lse``: the attention's log-sum-exp of rows, where ``node`` is an ``attention_lse``.
+        """
         q, k, _, cu_seqlens, scale = node.args[:5]
         layout = program.layout
+        before = node if lse is None else lse.next
 
         def call(target: object, *args: object) -> fx.Node:
-            return edit.call(target, *args, before=node, origin=node)  # type: ignore[arg-type]
+            return edit.call(target, *args, before=before, origin=node)  # type: ignore[arg-type]
 
-        def reduce(rows: object) -> fx.Node:
-            arguments = (rows, k, None, cu_seqlens, None, None, None, None, scale, False, "mean")
+        def reduce(rows: object, known: object) -> fx.Node:
+            arguments = (rows, k, None, cu_seqlens, None, None, None, known, scale, False, "mean")
             return call(COLUMN_REDUCE, *arguments)
 
         prefix = layout.prefix_tokens
@@ -166,9 +195,10 @@ class PruneVisualTokens(Pass[PruneVisualTokensConfig]):
             by_prefix = self._score(program) != "column_mean"
             bounds = (0, prefix) if by_prefix else (prefix, END)
             rows = call(aten.slice.Tensor, q, 2, *bounds)
-            patches = call(aten.slice.Tensor, reduce(rows), 2, prefix, END)
+            known = None if lse is None else call(aten.slice.Tensor, lse, 2, *bounds)
+            patches = call(aten.slice.Tensor, reduce(rows, known), 2, prefix, END)
             return call(aten.reshape.default, patches, [-1])
-        groups = call(aten.reshape.default, reduce(q), [-1, layout.merge_unit])
+        groups = call(aten.reshape.default, reduce(q, lse), [-1, layout.merge_unit])
         if self.config.pool == "mean":
             pooled = call(aten.mean.dim, groups, [1])
         else:
@@ -182,6 +212,16 @@ class PruneVisualTokens(Pass[PruneVisualTokensConfig]):
         component = program.component("vision")
         if "kept" not in component.outputs:
             raise GraphError("prune_visual_tokens: vision does not return the kept tokens")
+
+
+def _leads_to(node: fx.Node, goal: fx.Node) -> bool:
+    reached, front = {node}, [node]
+    while front:
+        for user in front.pop().users:
+            if user not in reached:
+                reached.add(user)
+                front.append(user)
+    return goal in reached
 
 
 def _windowed(program: Program, node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ down_proj), and v_proj through attention where every query head has its own valu
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +18,9 @@ from torch import fx
 
 from sparsevila_compile.ops import (
     ATTENTION,
+    ATTENTION_LSE,
     CACHED_ATTENTION,
+    CACHED_ATTENTION_LSE,
     RETRIEVAL_ATTENTION,
     W4A16_LINEAR,
     W8A8_LINEAR,
@@ -33,7 +36,13 @@ SAME_ORDER = (
     aten.contiguous.default,
     aten.clone.default,
 )
-ATTENTIONS = (ATTENTION, CACHED_ATTENTION, RETRIEVAL_ATTENTION)
+ATTENTIONS = (
+    ATTENTION,
+    ATTENTION_LSE,
+    CACHED_ATTENTION,
+    CACHED_ATTENTION_LSE,
+    RETRIEVAL_ATTENTION,
+)
 BIAS_AT = {aten.linear.default: 2, W4A16_LINEAR: 4, W8A8_LINEAR: 3}
 """Linears, quantized or not, and which of their arguments is the bias."""
 
@@ -135,6 +144,8 @@ def _linear(kind: Literal["product", "value"], node: fx.Node) -> Fold | None:
 def _value_projection(x: fx.Node) -> Fold | None:
     """v_proj → heads → attention → heads joined → x, where query heads do not share values."""
     attention = _behind(x)
+    if attention is not None and attention.target is operator.getitem and attention.args[1] == 0:
+        attention = attention.args[0]  # type: ignore[assignment]  # one that returns more
     if attention is None or attention.target not in ATTENTIONS:
         return None
     q, v = attention.args[0], attention.args[2]

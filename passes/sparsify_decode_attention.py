@@ -2,7 +2,8 @@
 
 Once a turn, while the question is prefilled, each layer scores the cached visual tokens by the
 attention they get from the question's rows; decode then attends the text and the best of them, in
-place. The full cache stays, so the next turn retrieves anew.
+place. A chunk that holds part of a question attends the whole cache anyway: its rows' log-sum-exp
+comes from there. The full cache stays, so the next turn retrieves anew.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sparsevila_compile.errors import GraphError, UserError
 from sparsevila_compile.graph_edit import Editor, module_path
 from sparsevila_compile.ops import (
     CACHED_ATTENTION,
+    CACHED_ATTENTION_LSE,
     COLUMN_REDUCE,
     RETRIEVAL_ATTENTION,
     SELECT_TOKENS,
@@ -31,6 +33,7 @@ from sparsevila_compile.pass_base import (
     register,
     tensor_of,
 )
+from sparsevila_compile.passes.row_lse import with_lse
 from sparsevila_compile.program import Program, RetrievalSpec
 from sparsevila_compile.trace import trace_function
 
@@ -143,6 +146,7 @@ class SparsifyDecodeAttention(Pass[SparsifyDecodeAttentionConfig]):
         turn = program.component("turn")
         edit = Editor(turn)
         node = next(n for n in turn.graph.nodes if n.name == match.node.name)
+        node, lse = with_lse(edit, node, CACHED_ATTENTION_LSE)
         q, k_cache, scale = node.args[0], node.args[3], node.args[7]
         heads = "mean" if self.config.share == "layer" else "kv"
         scores = edit.call(
@@ -154,11 +158,11 @@ class SparsifyDecodeAttention(Pass[SparsifyDecodeAttentionConfig]):
             turn.input("cache_lens"),
             None,
             turn.input("score_columns"),
-            None,
+            lse,
             scale,
             True,
             heads,
-            before=node.next,  # after the attention, which writes this turn's keys to the cache
+            before=lse.next,  # after the attention, which writes this turn's keys to the cache
             origin=node,
         )
         edit.output(f"scores_{match.data}", scores)

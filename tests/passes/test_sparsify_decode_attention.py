@@ -7,10 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from sparsevila_compile.ops import CACHED_ATTENTION, COLUMN_REDUCE, RETRIEVAL_ATTENTION
+from sparsevila_compile.conversation import Conversation
+from sparsevila_compile.engine import Engine
+from sparsevila_compile.families import family_of
+from sparsevila_compile.ops import (
+    CACHED_ATTENTION,
+    CACHED_ATTENTION_LSE,
+    COLUMN_REDUCE,
+    RETRIEVAL_ATTENTION,
+)
 from sparsevila_compile.pass_base import PassError
 from sparsevila_compile.program import RetrievalSpec
+from sparsevila_compile.prompt import PromptReader
 from tests import tiny
+from tests.passes.quantizing import prompt
 from tests.passes.rules import check, count
 
 PASS = "sparsify_decode_attention"
@@ -30,7 +40,8 @@ def test_models(name: str, share: str, groups: int) -> None:
     assert program.retrieval == RetrievalSpec(0.5, share, (0, 1))  # type: ignore[arg-type]
     assert str(program.component("language").graph) == language, "dense prefill stays"
     assert set(program.components) == {"embed", "vision", "language", "turn", "decode", "retrieve"}
-    assert count(program, "turn", CACHED_ATTENTION) == 2
+    assert count(program, "turn", CACHED_ATTENTION) == 0
+    assert count(program, "turn", CACHED_ATTENTION_LSE) == 2
     assert count(program, "turn", COLUMN_REDUCE) == 2
     assert count(program, "decode", RETRIEVAL_ATTENTION) == 2
     assert count(program, "decode", CACHED_ATTENTION) == 0
@@ -48,8 +59,34 @@ def test_models(name: str, share: str, groups: int) -> None:
 def test_scores_are_taken_after_the_keys_are_written() -> None:
     program = tiny.at_stage("llava", "insert_kv_cache", (PASS, HALF))
     order = [n.target for n in program.component("turn").graph.nodes]
-    places = [i for i, t in enumerate(order) if t in (CACHED_ATTENTION, COLUMN_REDUCE)]
-    assert [order[i] for i in places] == [CACHED_ATTENTION, COLUMN_REDUCE] * 2
+    places = [i for i, t in enumerate(order) if t in (CACHED_ATTENTION_LSE, COLUMN_REDUCE)]
+    assert [order[i] for i in places] == [CACHED_ATTENTION_LSE, COLUMN_REDUCE] * 2
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen"])
+def test_known_log_sum_exp_changes_no_score(name: str) -> None:
+    program = tiny.at_stage(name, "insert_kv_cache", (PASS, HALF))
+    scores, logits = [], []
+    for known in (True, False):
+        program = program.snapshot()
+        nodes = [n for n in program.component("turn").graph.nodes if n.target is COLUMN_REDUCE]
+        assert all(n.args[7] is not None for n in nodes)
+        for node in nodes if not known else ():
+            node.update_arg(7, None)
+        family = family_of(program.config)
+        engine, reader = Engine(program, family), PromptReader(program, family)
+        inputs = Conversation(engine, reader, 1, program.max_length).first_inputs(prompt(name))
+        batch, length = inputs["inputs_embeds"].shape[:2]
+        inputs["logit_rows"] = torch.tensor([[length - 1]])
+        inputs["score_weights"] = torch.zeros(batch, length)
+        inputs["score_weights"][:, -3:] = 1 / 3
+        inputs["score_columns"] = torch.arange(1, length - 3, dtype=torch.int32)[None]
+        out = engine.run("turn", inputs)
+        scores.append(torch.cat([out["scores_0"], out["scores_1"]]))
+        logits.append(out["logits"])
+    assert scores[0].std() > 1e-3 * scores[0].mean(), "the scores tell tokens apart"
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(logits[0], logits[1])
 
 
 def test_some_layers() -> None:
