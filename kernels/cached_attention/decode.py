@@ -32,7 +32,8 @@ from ..triton_support import (
     triton,
 )
 
-_MAX_SPLITS = 128
+_MAX_SPLITS = 256
+_MAX_GROUP = 16
 _COUNTED_AT_ONCE = 4096
 
 
@@ -64,6 +65,69 @@ def _let_next_start():
         )  # fmt: skip
 
 
+@triton.jit
+@no_type_check
+def _place(i, named, named_end, end, limit, run_start, INDEXED: tl.constexpr):
+    """Cache positions of the share's keys i [N], and which of them there are."""
+    at = (run_start - named_end + i).to(tl.int64)
+    present = i < end
+    if INDEXED:
+        of_index = i < named_end
+        present = present & (~of_index | ((named >= 0) & (named < limit)))
+        at = tl.where(of_index, named, at)
+    return at, present
+
+
+@triton.jit
+@no_type_check
+def _load_tile(
+    k_old, v_old, at, present, kc_stride_s, kc_stride_d, vc_stride_s, vc_stride_d,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Keys [N, D] and values [D, N] at cache positions ``at`` [N]."""
+    dims = tl.arange(0, BLOCK_D)
+    keys = tl.load(
+        k_old + at[:, None] * kc_stride_s + dims[None, :] * kc_stride_d,
+        mask=present[:, None] & (dims < D)[None, :], other=0.0,
+    )  # fmt: skip
+    values = tl.load(
+        v_old + at[None, :] * vc_stride_s + dims[:, None] * vc_stride_d,
+        mask=present[None, :] & (dims < D)[:, None], other=0.0,
+    )  # fmt: skip
+    return keys, values
+
+
+@triton.jit
+@no_type_check
+def _attend_tile(keys, values, present, q_tile, scale, peak, total, acc, PRECISION: tl.constexpr):
+    """One step of online softmax: peak and total [M], acc [D, M]."""
+    scores = tl.zeros([keys.shape[0], q_tile.shape[1]], tl.float32)
+    scores = scale * dot(keys, q_tile, scores, PRECISION)
+    scores = tl.where(present[:, None], scores, float("-inf"))
+    peak_new = tl.maximum(peak, tl.max(scores, 0))
+    shift = tl.where(peak_new == float("-inf"), 0.0, peak_new)  # nothing seen yet
+    p = tl.exp2(scores - shift[None, :])
+    rescale = tl.exp2(peak - shift)
+    total = total * rescale + tl.sum(p, 0)
+    acc = acc * rescale[None, :]
+    if _INTERPRETED:  # there a cast to bfloat16 truncates, and dot widens anyway
+        acc = dot(values, p, acc, PRECISION)
+    else:
+        acc = dot(values, p.to(values.dtype), acc, PRECISION)
+    return peak_new, total, acc
+
+
+@triton.jit
+@no_type_check
+def _named(index_row, index_stride_i, i, end, indexed, split, splits, RUN: tl.constexpr):
+    """The index entries i [N] of a share, -1 from ``end`` on and past the last slot."""
+    slot = _slot(i, split, splits, RUN)
+    return tl.load(
+        index_row + slot.to(tl.int64) * index_stride_i,
+        mask=(i < end) & (slot < indexed), other=-1,
+    ).to(tl.int64)  # fmt: skip
+
+
 _VARYING = [
     "capacity", "kv_heads", "indexed", "window", "index_stride_b", "index_stride_h",
 ]  # fmt: skip
@@ -83,7 +147,7 @@ def _decode_kernel(
     capacity, kv_heads, indexed, scale, window,
     GROUP: tl.constexpr, D: tl.constexpr, INDEXED: tl.constexpr, WINDOWED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COUNTED: tl.constexpr,
-    RUN: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    RUN: tl.constexpr, PRECISION: tl.constexpr, PIPELINED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One share of the keys, for the heads of one group. Grid (splits, B * Hkv)."""
     split = tl.program_id(0)
@@ -120,17 +184,23 @@ def _decode_kernel(
     k_old = k_cache + b * kc_stride_b + kv_h * kc_stride_h
     v_old = v_cache + b * vc_stride_b + kv_h * vc_stride_h
 
-    # This share: its slots of the index up to the last in use, then its part of the tail.
+    # This share: its slots of the index, up to the last in use where they are more than a tile, then
+    # its part of the tail.
+    lane = tl.arange(0, BLOCK_N)
+    index_row = index
     named_end = 0
+    named = tl.zeros([BLOCK_N], tl.int64)
     if INDEXED:
-        index_row = index + b * index_stride_b + kv_h * index_stride_h
-        for first in range(0, tl.cdiv(indexed, splits * RUN) * RUN, COUNTED):
-            mine_at = first + tl.arange(0, COUNTED)
-            slot = _slot(mine_at, split, splits, RUN)
-            named = tl.load(
-                index_row + slot.to(tl.int64) * index_stride_i, mask=slot < indexed, other=-1
-            )
-            named_end = tl.maximum(named_end, tl.max(tl.where(named >= 0, mine_at + 1, 0), 0))
+        index_row += b * index_stride_b + kv_h * index_stride_h
+        named_end = tl.cdiv(indexed, splits * RUN) * RUN
+        named = _named(index_row, index_stride_i, lane, named_end, indexed, split, splits, RUN)
+        if COUNTED > 0:
+            used = 0
+            for first in range(0, named_end, COUNTED):
+                i = first + tl.arange(0, COUNTED)
+                entry = _named(index_row, index_stride_i, i, named_end, indexed, split, splits, RUN)
+                used = tl.maximum(used, tl.max(tl.where(entry >= 0, i + 1, 0), 0))
+            named_end = used
     lowest = tail
     if WINDOWED:
         lowest = tl.maximum(tail, start - window + 1)
@@ -143,45 +213,39 @@ def _decode_kernel(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
-    lane = tl.arange(0, BLOCK_N)
-    named = tl.zeros([BLOCK_N], tl.int64)
-    if INDEXED:
-        named = tl.load(
-            index_row + _slot(lane, split, splits, RUN).to(tl.int64) * index_stride_i,
-            mask=lane < named_end, other=0,
-        ).to(tl.int64)  # fmt: skip
-    for first in range(0, end, BLOCK_N):
-        i = first + lane
-        at = (run_start - named_end + i).to(tl.int64)
-        present = i < end
-        if INDEXED:
-            of_index = i < named_end
-            present = present & (~of_index | ((named >= 0) & (named < limit)))
-            at = tl.where(of_index, named, at)
-            named = tl.load(  # of the next tile
-                index_row
-                + _slot(i + BLOCK_N, split, splits, RUN).to(tl.int64) * index_stride_i,
-                mask=i + BLOCK_N < named_end, other=0,
-            ).to(tl.int64)  # fmt: skip
-        keys = tl.load(
-            k_old + at[:, None] * kc_stride_s + dims[None, :] * kc_stride_d,
-            mask=present[:, None] & inside[None, :], other=0.0,
+    if PIPELINED:
+        for first in range(0, end, BLOCK_N):
+            i = first + lane
+            at, present = _place(i, named, named_end, end, limit, run_start, INDEXED)
+            if INDEXED:
+                named = _named(
+                    index_row, index_stride_i, i + BLOCK_N, named_end, indexed, split, splits, RUN
+                )
+            keys, values = _load_tile(
+                k_old, v_old, at, present, kc_stride_s, kc_stride_d, vc_stride_s, vc_stride_d,
+                D, BLOCK_D,
+            )  # fmt: skip
+            peak, total, acc = _attend_tile(
+                keys, values, present, q_tile, scale, peak, total, acc, PRECISION
+            )
+    else:  # all of a tile is under way, in registers, before any of it is waited for
+        at, present = _place(lane, named, named_end, end, limit, run_start, INDEXED)
+        keys, values = _load_tile(
+            k_old, v_old, at, present, kc_stride_s, kc_stride_d, vc_stride_s, vc_stride_d,
+            D, BLOCK_D,
         )  # fmt: skip
-        values = tl.load(
-            v_old + at[None, :] * vc_stride_s + dims[:, None] * vc_stride_d,
-            mask=present[None, :] & inside[:, None], other=0.0,
-        )  # fmt: skip
-        scores = scale * dot(keys, q_tile, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
-        scores = tl.where(present[:, None], scores, float("-inf"))
-        peak_new = tl.maximum(peak, tl.max(scores, 0))
-        shift = tl.where(peak_new == float("-inf"), 0.0, peak_new)  # nothing seen yet
-        p = tl.exp2(scores - shift[None, :])
-        rescale = tl.exp2(peak - shift)
-        total = total * rescale + tl.sum(p, 0)
-        peak = peak_new
-        if not _INTERPRETED:  # there casts to bfloat16 truncate, and dot widens anyway
-            p = p.to(values.dtype)
-        acc = dot(values, p, acc * rescale[None, :], PRECISION)
+        for first in range(0, end, BLOCK_N):
+            i = first + BLOCK_N + lane
+            if INDEXED:
+                named = _named(index_row, index_stride_i, i, named_end, indexed, split, splits, RUN)
+            peak, total, acc = _attend_tile(
+                keys, values, present, q_tile, scale, peak, total, acc, PRECISION
+            )
+            at, present = _place(i, named, named_end, end, limit, run_start, INDEXED)
+            keys, values = _load_tile(
+                k_old, v_old, at, present, kc_stride_s, kc_stride_d, vc_stride_s, vc_stride_d,
+                D, BLOCK_D,
+            )  # fmt: skip
 
     if split == splits - 1:
         kept = active & (start < capacity)
@@ -241,6 +305,11 @@ def _combine_kernel(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=dims < D)
 
 
+def serves(q: torch.Tensor, k_cache: torch.Tensor) -> bool:
+    """Whether this is decoding that :func:`decode_forward` is made for."""
+    return q.shape[2] == 1 and q.shape[1] <= _MAX_GROUP * k_cache.shape[1]
+
+
 @dataclass(frozen=True)
 class Config:
     """How a call is cut: keys a tile, warps a program, tiles in flight, shares of a group's keys."""
@@ -253,7 +322,8 @@ class Config:
     overlap: bool = True
     combine_warps: int = 4
     combine_columns: int = 64
-    run: int = 32
+    run: int = 8
+    registers: int | None = None
 
 
 def configure(
@@ -306,9 +376,11 @@ def decode_forward(
         index_strides = (0, 0, 0)
     else:  # one index for all heads of a batch row, or one a key/value head
         index_strides = (index.stride(0), index.stride(1) * (index.shape[1] > 1), index.stride(2))
+    slots = cdiv(indexed, splits * config.run) * config.run  # of the index, to a program at most
     block_d = max(16, next_power_of_2(dim))
     overlap = config.overlap and not interpreting()
     options = {"launch_pdl": True} if overlap else {}
+    limits = {} if config.registers is None else {"maxnreg": config.registers}
     with on_device(q):
         _decode_kernel[(splits, batch * kv_heads)](
             q, k, v, k_cache, v_cache, cache_lens, new_lens, index, tail_start,
@@ -318,10 +390,10 @@ def decode_forward(
             *index_strides, capacity, kv_heads, indexed, scale * LOG2E, window,
             GROUP=group, D=dim, INDEXED=index is not None, WINDOWED=window > 0,
             BLOCK_M=max(config.columns, next_power_of_2(group)), BLOCK_N=config.block_n, BLOCK_D=block_d,
-            COUNTED=min(_COUNTED_AT_ONCE, max(128, next_power_of_2(cdiv(indexed, splits * config.run) * config.run))),
+            COUNTED=0 if slots <= config.block_n else min(_COUNTED_AT_ONCE, next_power_of_2(slots)),
             RUN=config.run,
-            PRECISION=dot_precision(q.dtype), OVERLAP=overlap,
-            num_warps=config.warps, num_stages=config.stages, **options,
+            PRECISION=dot_precision(q.dtype), PIPELINED=config.stages > 0, OVERLAP=overlap,
+            num_warps=config.warps, num_stages=max(1, config.stages), **options, **limits,
         )  # fmt: skip
         columns = min(block_d, config.combine_columns)
         _combine_kernel[(cdiv(dim, columns), group, batch * kv_heads)](

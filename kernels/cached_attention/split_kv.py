@@ -28,7 +28,7 @@ from ..triton_support import (
     tl,
     triton,
 )
-from .decode import decode_forward
+from .decode import decode_forward, serves
 
 _MAX_SPLITS = 128
 _COMBINED_AT_ONCE = 16
@@ -257,7 +257,7 @@ def split_kv_forward(
     both or neither. Returns [B, S, Hq, D], contiguous, q's dtype.
     """
     batch, heads, rows, dim = q.shape
-    if rows == 1:
+    if serves(q, k_cache):
         return decode_forward(
             q, k, v, k_cache, v_cache, cache_lens, new_lens, scale,
             window=window, index=index, tail_start=tail_start,
