@@ -16,7 +16,7 @@ def with_lse(edit: Editor, node: fx.Node, op: torch._ops.OpOverload) -> tuple[fx
     Returns the new node and the log-sum-exp, float32 ``[batch, heads, rows]``, the last of the
     nodes inserted.
     """
-    new = edit.call(op, *node.args, before=node, origin=node, **node.kwargs)
+    new = edit.call(op, *node.args, before=node, origin=node)
     out = edit.call(operator.getitem, new, 0, before=node, origin=node)
     lse = edit.call(operator.getitem, new, 1, before=node, origin=node)
     edit.replace(node, out)

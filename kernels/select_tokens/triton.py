@@ -269,18 +269,21 @@ def select_tokens_triton(
             )
             return out
         out = torch.empty((total,), dtype=torch.int64, device=scores.device)
-        ints = {"dtype": torch.int32, "device": scores.device}
-        counts = torch.empty((2, segments, parts, 256), **ints)
-        state, above = torch.empty((segments, 4, 2), **ints), torch.empty((segments, parts), **ints)
-        block = {"PARTS": parts, "BLOCK": _PART // 2, "num_warps": 8}
+
+        def integers(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.int32, device=scores.device)
+
+        counts = integers(2, segments, parts, 256)
+        state, above = integers(segments, 4, 2), integers(segments, parts)
+        tiles = {"PARTS": parts, "BLOCK": _PART // 2, "num_warps": 8}
         for step in range(4):
             left, new = counts[(step + 1) % 2], counts[step % 2]
             _count[(parts, segments)](
                 *(scores, starts, lengths, keep, left, new, state, above, out, *sizes),
                 STEP=step,
-                **block,
+                **tiles,
             )
         _write[(parts, segments)](
-            *(scores, starts, lengths, keep, offsets, counts[1], state, above, out, *sizes), **block
+            *(scores, starts, lengths, keep, offsets, counts[1], state, above, out, *sizes), **tiles
         )
     return out
