@@ -123,7 +123,7 @@ def test_refuses(impl: str, device: torch.device) -> None:
         rotary(q, k[..., :8], cos, sin, impl=impl)
     with pytest.raises(ValueError, match=r"sin is a floating \[B, S, 16\]"):
         rotary(q, k, cos, sin[..., :8], impl=impl)
-    with pytest.raises(ValueError, match="cos is .*float32 and sin is .*float16"):
+    with pytest.raises(ValueError, match=r"cos is .*float32 and sin is .*float16"):
         rotary(q, k, cos, sin.half(), impl=impl)
     with pytest.raises(ValueError, match=r"cos is \[2, 3, ...\] as q, not \[1, 3, 16\]"):
         rotary(q, k, cos[:1], sin, impl=impl)
