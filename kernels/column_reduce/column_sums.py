@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import no_type_check
 
 from ..triton_support import tl, triton
-from .tiles import find_segment, load_held, narrow, place, scores, to_registers
+from .tiles import LSE_UNIT, SIZES, find_segment, load_held, narrow, place, scores, to_registers
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def _tile_sums(
     return narrow(p, BLOCK_N, BLOCK_R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 @no_type_check
 def column_sums_kernel(
     q,
@@ -100,6 +100,7 @@ def column_sums_kernel(
     weights_row,
     columns_batch,
     columns_row,
+    lse_group,
     segments,
     slots,
     GROUPS: tl.constexpr,
@@ -172,7 +173,7 @@ def column_sums_kernel(
         if MORE > 0:
             held_more = to_registers(held_more, MORE, PRECISION)
     q_base = q + b * (q_batch * UNIT) + (g * HEADS).to(tl.int64) * (q_head * UNIT)
-    lse_base = lse + group.to(tl.int64) * (rows * HEADS)
+    lse_base = lse + group.to(tl.int64) * (lse_group * LSE_UNIT)
     zeros = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     sums = tl.zeros([BLOCK_N, 8], tl.float32)
 
@@ -206,7 +207,7 @@ def column_sums_kernel(
     tl.store(out + at, tl.where(exists, tl.sum(sums, 1) * norm, 0.0), mask=reported)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 @no_type_check
 def sum_parts_kernel(
     parts,
@@ -221,8 +222,9 @@ def sum_parts_kernel(
     BLOCK: tl.constexpr,
 ):
     """out[x, j] = mean over h of the sum over s of parts[s, x, h, j]; packed: 0 in no segment."""
-    x = tl.program_id(1).to(tl.int64)
-    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(width, BLOCK)
+    x = (tl.program_id(0) // blocks).to(tl.int64)
+    j = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = j < width
     if PACKED:
         inside = inside & (j >= tl.load(bounds)) & (j < tl.load(bounds + segments))

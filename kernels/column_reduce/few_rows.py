@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import no_type_check
 
 from ..triton_support import dot, tl, triton
-from .tiles import load_held, load_part, place
+from .tiles import LSE_UNIT, SIZES, load_held, load_part, place
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 @no_type_check
 def few_rows_kernel(
     q,
@@ -37,6 +37,8 @@ def few_rows_kernel(
     weights_row,
     columns_batch,
     columns_row,
+    lse_group,
+    programs,
     GROUPS: tl.constexpr,
     HEADS: tl.constexpr,
     SHARING: tl.constexpr,
@@ -58,9 +60,9 @@ def few_rows_kernel(
 
     Programs share the columns, in equal parts of whole blocks, and the blocks of rows.
     """
-    part = tl.program_id(0)
+    part = tl.program_id(0) % programs
+    group = tl.program_id(0) // programs
     row_block = tl.program_id(1)
-    group = tl.program_id(2)
     b = (group // GROUPS).to(tl.int64)
     g = group % GROUPS
     r = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -69,7 +71,9 @@ def few_rows_kernel(
         weight_at = b * weights_batch + (r // HEADS).to(tl.int64) * weights_row
         weight = tl.load(weights + weight_at, mask=used, other=0.0)
         used = used & (weight != 0)
-    minus = tl.load(lse + group.to(tl.int64) * (rows * HEADS) + r, mask=used, other=float("inf"))
+    minus = tl.load(
+        lse + group.to(tl.int64) * (lse_group * LSE_UNIT) + r, mask=used, other=float("inf")
+    )
     q_base = q + b * (q_batch * UNIT) + (g * HEADS).to(tl.int64) * (q_head * UNIT)
     q_at = place(r.to(tl.int64) if WIDE else r, HEADS, q_head * UNIT, q_row * UNIT)
     held = load_part(q_base, q_at, used, q_dim, False, DIM, 0, PART)
@@ -85,7 +89,7 @@ def few_rows_kernel(
     k_base = k + b * (k_batch * UNIT) + (g * HEADS // SHARING).to(tl.int64) * (k_head * UNIT)
     out_base = out + (row_block * (batch * GROUPS) + group).to(tl.int64) * width
     zeros = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    per = tl.cdiv(tl.cdiv(width, BLOCK_N), tl.num_programs(0)) * BLOCK_N
+    per = tl.cdiv(tl.cdiv(width, BLOCK_N), programs) * BLOCK_N
     start = part * per
     stop = tl.minimum(start + per, width)
     # From `after` on no row is used or sees anything.

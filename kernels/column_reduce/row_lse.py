@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import no_type_check
 
 from ..triton_support import tl, triton
-from .tiles import find_segment, load_held, narrow, place, scores, to_registers
+from .tiles import LSE_UNIT, SIZES, find_segment, load_held, narrow, place, scores, to_registers
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _hide(s, n, last, stop, CAUSAL: tl.constexpr):
     return tl.where(seen, s, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 @no_type_check
 def row_lse_kernel(
     q,
@@ -51,6 +51,7 @@ def row_lse_kernel(
     slots,
     weights_batch,
     weights_row,
+    lse_group,
     GROUPS: tl.constexpr,
     HEADS: tl.constexpr,
     SHARING: tl.constexpr,
@@ -104,7 +105,7 @@ def row_lse_kernel(
     start = first_key + split * tl.cdiv(blocks, SPLITS) * BLOCK_N
     stop = tl.minimum(start + tl.cdiv(blocks, SPLITS) * BLOCK_N, highest)
 
-    out = (split * (batch * GROUPS) + group).to(tl.int64) * (rows * HEADS) + r
+    out = (split * (batch * GROUPS) + group).to(tl.int64) * (lse_group * LSE_UNIT) + r
     nothing: tl.constexpr = float("inf") if SPLITS == 1 else float("-inf")
     if start >= stop:
         tl.store(lse + out, tl.full([BLOCK_R], nothing, tl.float32), mask=used)
@@ -169,7 +170,7 @@ def row_lse_kernel(
     tl.store(lse + out, _log_sum(peak, total, nothing), mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 @no_type_check
 def combine_lse_kernel(
     parts, lse, count, SPLITS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr
@@ -188,7 +189,7 @@ def combine_lse_kernel(
     tl.store(lse + x, _log_sum(peak, total, float("inf")), mask=x < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 @no_type_check
 def given_lse_kernel(
     row_lse,
@@ -197,6 +198,7 @@ def given_lse_kernel(
     head,
     row,
     rows,
+    lse_group,
     count,
     GROUPS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -204,8 +206,9 @@ def given_lse_kernel(
 ):
     """lse[b, group, r] from natural logarithms [b, h, i]: to base 2, and inf for either infinity."""
     x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    group, r = x // (rows * HEADS), x % (rows * HEADS)
+    group, r = x // (lse_group * LSE_UNIT), x % (lse_group * LSE_UNIT)
+    exists = (x < count) & (r < rows * HEADS)
     at = (group // GROUPS) * batch_stride
     at += ((group % GROUPS) * HEADS + r % HEADS) * head + (r // HEADS) * row
-    given = tl.load(row_lse + at, mask=x < count, other=0.0) * 1.4426950408889634
-    tl.store(lse + x, tl.where(given == float("-inf"), float("inf"), given), mask=x < count)
+    given = tl.load(row_lse + at, mask=exists, other=0.0) * 1.4426950408889634
+    tl.store(lse + x, tl.where(given == float("-inf"), float("inf"), given), mask=exists)

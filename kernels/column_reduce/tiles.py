@@ -14,6 +14,16 @@ from ..triton_support import dot, next_power_of_2, tl, triton
 SEGMENTS_AT_ONCE = 1024
 """Segments looked through at a time by a program that seeks its own."""
 
+SIZES = [
+    *("q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "batch", "rows", "keys", "width"),
+    *("weights_batch", "weights_row", "columns_batch", "columns_row", "lse_group", "norm"),
+    *("segments", "slots", "programs", "count", "batch_stride", "head", "row"),
+]
+"""Arguments by whose values Triton is not to compile anew: they change from prompt to prompt."""
+
+LSE_UNIT = tl.constexpr(16)
+"""Every group's log-sum-exps start at a multiple of this, so that they are copied in wide steps."""
+
 
 def split_dim(dim: int) -> tuple[int, int]:
     """Widths, powers of two of at least 16 (or 0), of the two parts that hold ``dim`` values."""

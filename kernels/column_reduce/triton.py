@@ -29,13 +29,11 @@ from .arguments import check_arguments, check_sizes
 from .column_sums import column_sums_kernel, sum_parts_kernel
 from .few_rows import few_rows_kernel
 from .row_lse import combine_lse_kernel, given_lse_kernel, row_lse_kernel
-from .tiles import SEGMENTS_AT_ONCE, split_dim
+from .tiles import LSE_UNIT, SEGMENTS_AT_ONCE, split_dim
+from .tuning import FEW_ROWS, few_rows_tile, is_hopper, lse_tile, resident, splits_of, sums_tile
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_DIM = 256
-FEW_ROWS = 1024
-"""With at most so many rows (times heads that share a key), and four times as many columns, rows
-are held and keys streamed."""
 
 
 def triton_supports(
@@ -126,22 +124,28 @@ def column_reduce_triton(
     weights_strides = (0, 0) if row_weights is None else row_weights.stride()
     scale_log2 = scale * math.log2(math.e)
     programs, count = processors(q.device), batch * groups
+    kind = (dim, q.dtype, is_hopper(q.device))
 
     def slots(length: int, block: int) -> int:
         return cdiv(length, block) if cu_seqlens is None else length // block + segments
 
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    unit_of_lse: int = LSE_UNIT.value
+    lse_group = cdiv(rows * sharing, unit_of_lse)
     with on_device(q):
         if row_lse is None:
-            blocks = _lse_blocks(rows * sharing, dim, q.dtype)
+            blocks = lse_tile(rows * sharing, *kind)
             tiles = slots(rows * sharing, blocks["BLOCK_R"])
             splits = 1
             if cu_seqlens is None:
-                at_once = programs * _resident(blocks, "BLOCK_R", part + more)
-                splits = _splits(tiles * count, cdiv(keys, blocks["BLOCK_N"]), at_once)
-            parts = torch.empty((splits, count, rows * sharing), device=q.device)
+                at_once = programs * resident(blocks, "BLOCK_R", part + more)
+                splits = splits_of(tiles * count, cdiv(keys, blocks["BLOCK_N"]), at_once)
+            parts = floats(splits, count, lse_group * unit_of_lse)
             row_lse_kernel[(tiles * count, splits)](
                 q, k, row_weights, cu_seqlens, q_start, k_lens, parts, scale_log2, *strides,
-                batch, rows, keys, segments, tiles, *weights_strides,
+                batch, rows, keys, segments, tiles, *weights_strides, lse_group,
                 SPLITS=splits, **blocks, **shared,
             )  # fmt: skip
             lse = parts[0]
@@ -154,9 +158,9 @@ def column_reduce_triton(
                     BLOCK=64,
                 )
         else:
-            lse = torch.empty((count, rows * sharing), device=q.device)
+            lse = floats(count, lse_group * unit_of_lse)
             given_lse_kernel[(cdiv(lse.numel(), 1024),)](
-                *(row_lse, lse, *row_lse.stride(), rows, lse.numel()),
+                *(row_lse, lse, *row_lse.stride(), rows, lse_group, lse.numel()),
                 GROUPS=groups,
                 HEADS=sharing,
                 BLOCK=1024,
@@ -167,24 +171,28 @@ def column_reduce_triton(
             norm /= rows
         arguments = [q, k, row_weights, q_start, k_lens, columns, lse]
         sizes = [*strides, batch, rows, keys, width]
-        more_strides = [*weights_strides, *((0, 0) if columns is None else columns.stride())]
+        more_strides = [
+            *weights_strides,
+            *((0, 0) if columns is None else columns.stride()),
+            lse_group,
+        ]
         few = cu_seqlens is None and rows * sharing <= min(FEW_ROWS, width // 4)
         if few:
-            blocks = _few_blocks(rows * sharing, dim, q.dtype, columns is not None)
+            blocks = few_rows_tile(rows * sharing, *kind, columns is not None)
             splits = cdiv(rows * sharing, blocks["BLOCK_R"])
             tiles = min(cdiv(width, blocks["BLOCK_N"]), max(1, 2 * programs // (splits * count)))
         else:
-            blocks = _sums_blocks(rows * sharing // max(1, segments), dim, q.dtype)
+            blocks = sums_tile(rows * sharing // max(1, segments), *kind)
             tiles, splits = slots(width, blocks["BLOCK_N"]), 1
             if cu_seqlens is None:
-                at_once = programs * _resident(blocks, "BLOCK_N", part + more)
+                at_once = programs * resident(blocks, "BLOCK_N", part + more)
                 row_blocks = cdiv(rows * sharing, blocks["BLOCK_R"])
-                splits = _splits(tiles * count, row_blocks, at_once)
+                splits = splits_of(tiles * count, row_blocks, at_once)
         direct = splits == 1 and merged == 1 and cu_seqlens is None
-        parts = torch.empty((splits, batch, groups, width), device=q.device)
+        parts = floats(splits, batch, groups, width)
         if few:
-            few_rows_kernel[(tiles, splits, count)](
-                *arguments, parts, scale_log2, norm, *sizes, *more_strides,
+            few_rows_kernel[(tiles * count, splits)](
+                *arguments, parts, scale_log2, norm, *sizes, *more_strides, tiles,
                 GATHER=columns is not None, **blocks,
                 **{n: v for n, v in shared.items() if n not in ("PACKED", "AT_ONCE")},
             )  # fmt: skip
@@ -195,8 +203,8 @@ def column_reduce_triton(
             )  # fmt: skip
         if direct:
             return parts[0]
-        out = torch.empty(shape, device=q.device)
-        sum_parts_kernel[(cdiv(width, 256), batch * shape[1])](
+        out = floats(*shape)
+        sum_parts_kernel[(cdiv(width, 256) * batch * shape[1],)](
             parts, cu_seqlens, out, batch * shape[1], width, segments,
             HEADS=merged, SPLITS=splits, PACKED=cu_seqlens is not None, BLOCK=256,
         )  # fmt: skip
@@ -226,56 +234,3 @@ def _strides(x: Tensor, unit: int) -> list[int]:
 def _wide(x: Tensor) -> bool:
     """Whether offsets within one batch entry and head pass 2^31."""
     return (x.shape[2] - 1) * x.stride(2) + (x.shape[3] - 1) * x.stride(3) >= 2**31 - 2**20
-
-
-def _lse_blocks(rows: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile of the first pass: rows held, keys loaded."""
-    if dtype == torch.float32:  # full float32 products hold whole operands in registers
-        return _small_blocks(rows, dim) | {"REGISTERS": 0}
-    if dim > 96 and rows >= 512:
-        return {"BLOCK_R": 128, "BLOCK_N": 128, "STAGES": 3, "REGISTERS": 1, "num_warps": 8}
-    blocks = {"BLOCK_R": 128, "BLOCK_N": 64, "STAGES": 3, "REGISTERS": 0, "num_warps": 4}
-    return blocks | ({"maxnreg": 128} if dim <= 80 else {})  # four programs a processor
-
-
-def _sums_blocks(rows: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile of the second pass: columns held, rows loaded; ``rows`` that one column is seen by."""
-    if dtype == torch.float32:
-        return _small_blocks(rows, dim) | {"REGISTERS": 0}
-    blocks = {"BLOCK_R": 64, "BLOCK_N": 128, "num_warps": 4}
-    # Putting the columns into registers pays where it is done once for many rows.
-    return blocks | (
-        {"STAGES": 3, "REGISTERS": 1} if rows >= 2048 else {"STAGES": 2, "REGISTERS": 0}
-    )
-
-
-def _few_blocks(rows: int, dim: int, dtype: torch.dtype, gather: bool) -> dict[str, int]:
-    """Tile of the second pass where the rows are held: rows held, columns loaded."""
-    if dtype == torch.float32:
-        return _small_blocks(rows, dim)
-    # Half of the stages are those of the columns' numbers, where these are loaded first.
-    return {"BLOCK_R": 128, "BLOCK_N": 64, "STAGES": 6 if gather else 4, "num_warps": 4}
-
-
-def _small_blocks(rows: int, dim: int) -> dict[str, int]:
-    block_r = min(32, max(16, next_power_of_2(rows)))
-    return {"BLOCK_R": block_r, "BLOCK_N": 32 if dim <= 128 else 16, "STAGES": 1, "num_warps": 4}
-
-
-def _resident(blocks: dict[str, int], held: str, dim: int) -> int:
-    """Programs of these tiles that a processor of 227 KB shared memory holds at a time."""
-    streamed = "BLOCK_N" if held == "BLOCK_R" else "BLOCK_R"
-    values = blocks[held] + blocks["STAGES"] * blocks[streamed]
-    return max(1, min(3 if blocks["REGISTERS"] else 4, 227 * 1024 // (2 * values * dim + 2048)))
-
-
-def _splits(programs: int, blocks: int, slots: int) -> int:
-    """Over how many parts of the loaded operand to spread each tile.
-
-    Programs run ``slots`` at a time, each for as long as its blocks take and about three more.
-    """
-
-    def time(splits: int) -> int:
-        return cdiv(programs * splits, slots) * (cdiv(blocks, splits) + 3)
-
-    return min(range(1, min(64, max(1, blocks // 2)) + 1), key=time)
