@@ -288,6 +288,29 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "strided": lambda: strided(case(dim=72, dtype=BF16, heads="kv")),
     "strided-fp32": lambda: strided(case(dim=80)),
+    "few-rows": lambda: case(rows=2, keys=150, k_lens=torch.tensor([150, 31]), heads="none"),
+    "few-rows-dim80": lambda: case(rows=4, keys=170, dim=80, dtype=BF16),
+    "few-rows-hidden": lambda: case(
+        rows=4, keys=170, causal=True, q_start=torch.tensor([-2, 166]), heads="kv"
+    ),
+    "few-rows-lse": lambda: with_lse(
+        case(rows=4, keys=170, causal=True, q_start=torch.tensor([90, 30]))
+    ),
+    "few-rows-retrieval": lambda: cached(
+        nan_rows(
+            case(
+                heads_q=14,
+                rows=6,
+                keys=200,
+                causal=True,
+                q_start=torch.tensor([180, 100]),
+                columns=padded(2, 196, 170),
+                row_weights=sparse_weights(2, 6),
+                heads="kv",
+            )
+        ),
+        [186, 140],
+    ),
     "retrieval": lambda: cached(
         nan_rows(
             case(
@@ -338,10 +361,28 @@ def question(rows: int, keys: int, batch: int = 1, heads: str = "mean") -> Case:
     )
 
 
+def known(c: Case) -> Case:
+    """The case with its row_lse, from one head's scores at a time; not for packed ones."""
+    lse = torch.empty(c.q.shape[:3], device="cuda")
+    sharing = c.q.shape[1] // c.k.shape[1]
+    key = torch.arange(c.k.shape[2], device="cuda")
+    for b in range(c.q.shape[0]):
+        for h in range(c.q.shape[1]):
+            scores = c.q[b, h].float() @ c.k[b, h // sharing].float().T * c.scale
+            if c.q_start is not None:
+                last = c.q_start[b] + torch.arange(c.q.shape[2], device="cuda")
+                scores.masked_fill_(key > last[:, None], float("-inf"))
+            lse[b, h] = scores.logsumexp(-1)
+    return replace(c, row_lse=lse)
+
+
 FULL_SIZE: dict[str, Callable[[], Case]] = {
     "encoder-4096": lambda: on_gpu(1, 16, 16, 4096, 4096, 80),
     "encoder-4096-fp16": lambda: on_gpu(1, 16, 16, 4096, 4096, 80, FP16),
     "encoder-4096-fp32": lambda: on_gpu(1, 16, 16, 4096, 4096, 80, torch.float32),
+    "encoder-4096-lse": lambda: known(on_gpu(1, 16, 16, 4096, 4096, 80)),
+    "encoder-2501-dim96": lambda: on_gpu(2, 12, 12, 2501, 2501, 96),
+    "encoder-1500-dim128": lambda: on_gpu(2, 8, 8, 1500, 1500, 128),
     "encoder-packed": lambda: on_gpu(
         1, 16, 16, 4096, 4096, 80, cu_seqlens=torch.tensor([0, 1000, 1000, 1064, 2500, 4090])
     ),
@@ -353,6 +394,10 @@ FULL_SIZE: dict[str, Callable[[], Case]] = {
         1, 16, 16, 65536, 65536, 80, cu_seqlens=torch.arange(0, 65537, 1024)
     ),
     "frames-256x729": lambda: on_gpu(256, 16, 16, 729, 729, 72),
+    "frames-256x729-packed": lambda: on_gpu(
+        1, 16, 16, 256 * 729, 256 * 729, 72, cu_seqlens=torch.arange(0, 256 * 729 + 1, 729)
+    ),
+    "question-32x50K-lse": lambda: known(question(32, 50_000)),
     "question-32x50K": lambda: question(32, 50_000),
     "question-32x50K-kv-batch": lambda: question(32, 50_000, batch=3, heads="kv"),
     "question-128x100K": lambda: question(128, 100_000),

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsevila_compile.kernels.column_reduce import reference as reference_module
+from sparsevila_compile.kernels.column_reduce import triton as triton_module
 from sparsevila_compile.kernels.column_reduce.op import OP
 from sparsevila_compile.kernels.triton_support import interpreting
 from tests.kernels.column_reduce_cases import (
@@ -104,7 +105,16 @@ def test_cases_tell_right_from_wrong(
     assert error > 4 * allowed(c, expected), f"{what}: {error:.3g}"
 
 
-@pytest.mark.parametrize("name", ["packed", "split-keys", "weights-bf16"])
+@pytest.mark.parametrize("name", ["dim80-bf16", "packed-columns", "retrieval", "few-rows-dim80"])
+def test_tiles_of_other_gpus(
+    name: str, exact: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c, expected = exact(name)
+    monkeypatch.setattr(triton_module, "is_hopper", lambda device: False)
+    assert_close_to(c.on(device).run("triton"), expected, allowed(c, expected), name)
+
+
+@pytest.mark.parametrize("name", ["packed", "split-keys", "weights-bf16", "few-rows-retrieval"])
 def test_triton_repeats_itself(name: str, device: torch.device) -> None:
     c = CASES[name]().on(device)
     assert torch.equal(c.run("triton"), c.run("triton"))
