@@ -11,7 +11,6 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,12 +83,13 @@ def copyable(tensor: torch.Tensor) -> bool:
     )
 
 
-def shared_layout(block: Sequence[int], dtype: torch.dtype) -> Any:
+@functools.cache
+def shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> Any:
     """The swizzled layout in shared memory of blocks of this shape."""
     return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, str(dtype).split(".")[1]))
 
 
-def descriptor(tensor: torch.Tensor, block: Sequence[int]) -> Any:
+def descriptor(tensor: torch.Tensor, block: tuple[int, ...]) -> Any:
     """What the copy engine reads blocks of ``tensor`` by; places outside the tensor read as zero."""
     strides = [
         _COPY_BYTES if length == 1 else stride  # of a dim of one: anything aligned

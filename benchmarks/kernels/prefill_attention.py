@@ -247,7 +247,9 @@ def main() -> int:
     args = parser.parse_args()
     torch.manual_seed(0)
     flop_rate, byte_rate = limits()
-    print(f"bf16 product {flop_rate / 1e12:.0f} TFLOP/s, copy {byte_rate / 1e12:.2f} TB/s")
+    print(
+        f"bf16 product {flop_rate / 1e12:.0f} TFLOP/s, copy {byte_rate / 1e12:.2f} TB/s", flush=True
+    )
     results = []
     for setting in SETTINGS:
         if args.only in setting.name:

@@ -12,6 +12,7 @@ rows of one block, the keys are split among programs, and a second kernel combin
 
 from __future__ import annotations
 
+import functools
 from typing import no_type_check
 
 import torch
@@ -27,7 +28,13 @@ _ROWS = 64
 _KEYS = 128
 _STAGES = 2
 _COMBINED = 16
-_SHORT = 128
+_FEW_ROWS = 512
+_MAX_SPLITS = 64
+_START = 4
+"""What it takes to start an item, in times of a tile of keys (about 1.5 us)."""
+_COMBINED_A_TILE = 6000
+"""Rows of one share that are written and combined in that time."""
+_SHORT = 256
 """Segments of at most so many rows on average go to the kernel for windows."""
 _MANY_ROWS = 4096
 """From here on a program does one item: the processors are then filled as they come free."""
@@ -99,7 +106,7 @@ def _launch(
     batch, heads, rows, dim = q.shape
     segments = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     blocks = cdiv(rows, 2 * _ROWS)
-    items = blocks * batch * heads * splits
+    items = blocks * batch * heads * max(1, splits)
     programs = items
     if cu_seqlens is not None or rows < _MANY_ROWS:
         programs = min(items, processors(q.device))
@@ -112,12 +119,12 @@ def _launch(
     with on_device(q):
         flash_kernel[(programs,)](
             *descriptors, out, lse, cu_seqlens, q_start, q_lens,
-            rows, k.shape[2], heads, items, blocks, queries, splits, window,
+            rows, k.shape[2], heads, items, blocks, queries, max(1, splits), window,
             segments, (segments + 1).bit_length(), scale * LOG2E,
             GROUP=heads // k.shape[1], D=dim, D_0=parts[0], D_1=parts[1],
             M=_ROWS, N=_KEYS, STAGES=_STAGES,
             PACKED=cu_seqlens is not None, CACHED=q_start is not None, CAUSAL=causal,
-            WINDOWED=window > 0, WITH_LSE=lse is not None, FEW=splits > 1, num_warps=4,
+            WINDOWED=window > 0, WITH_LSE=lse is not None, FEW=splits > 0, num_warps=4,
         )  # fmt: skip
 
 
@@ -146,13 +153,13 @@ def flash_forward(
     if cu_seqlens is not None and packed_only and rows <= _SHORT * (cu_seqlens.shape[0] - 1):
         windows_forward(q, k, v, out, cu_seqlens, scale)
         return
-    splits = 1
+    splits = 0
     if q_start is not None:
-        splits = _splits(batch, heads, kv_heads, rows, k.shape[2], q.device)
-    if splits == 1:
+        splits = _splits(batch, heads, kv_heads, rows, k.shape[2], processors(q.device))
+    if splits == 0:
         _launch(
             q, k, v, out, lse, scale, causal=causal, window=window, cu_seqlens=cu_seqlens,
-            q_start=q_start, q_lens=q_lens, queries=rows, splits=1,
+            q_start=q_start, q_lens=q_lens, queries=rows, splits=0,
         )  # fmt: skip
         return
     grouped = q.reshape(batch, kv_heads, group * rows, dim)
@@ -176,12 +183,22 @@ def flash_forward(
         )  # fmt: skip
 
 
-def _splits(
-    batch: int, heads: int, kv_heads: int, rows: int, keys: int, device: torch.device
-) -> int:
-    """Among how many programs to split the keys of a block of rows: 1 where blocks are enough."""
-    available = processors(device)
-    if 2 * batch * heads * cdiv(rows, 2 * _ROWS) > available:
-        return 1
+@functools.cache
+def _splits(batch: int, heads: int, kv_heads: int, rows: int, keys: int, available: int) -> int:
+    """How to do few rows: into how many shares to split the keys, the heads of a group sharing
+    blocks of rows; 0 where it is better to do each head by itself, over all its keys.
+
+    By the time, in tiles of keys, that the busiest of ``available`` processors takes.
+    """
+    if rows > _FEW_ROWS:
+        return 0
+    tiles = cdiv(keys, _KEYS)
     grouped = batch * kv_heads * cdiv(heads // kv_heads * rows, 2 * _ROWS)
-    return max(1, min(available // grouped, cdiv(keys, 4 * _KEYS)))
+    apart = batch * heads * cdiv(rows, 2 * _ROWS)
+    best, least = 0, float(cdiv(apart, available) * (tiles + _START))
+    for splits in range(1, min(_MAX_SPLITS, cdiv(tiles, 4)) + 1):
+        busiest = cdiv(grouped * splits, available) * (cdiv(tiles, splits) + _START)
+        combining = _START + splits * batch * heads * rows / _COMBINED_A_TILE
+        if busiest + combining < least:
+            best, least = splits, busiest + combining
+    return best

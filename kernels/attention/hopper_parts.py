@@ -38,14 +38,16 @@ def row_bounds(
     key_first .. key_end-1.
     """
     if PACKED:
-        # Segments are mostly about equal: one guess finds that of all rows. Else a binary search
-        # for the last cu[s] <= row, ``steps`` halvings.
+        # Segments are mostly about equal: one guess finds that of all rows, or the two they lie in.
+        # Else a binary search for the last cu[s] <= row, ``steps`` halvings.
         guess = (tile_first.to(gl.int64) * segments // rows_total).to(gl.int32)
         guess = gl.minimum(guess, gl.maximum(segments - 1, 0))
-        guess_end = gl.load(cu + gl.minimum(guess + 1, segments)).to(gl.int32)
+        middle_bound = gl.load(cu + gl.minimum(guess + 1, segments)).to(gl.int32)
+        guess_end = gl.load(cu + gl.minimum(guess + 2, segments)).to(gl.int32)
         hit = (gl.load(cu + guess).to(gl.int32) <= tile_first) & (tile_last < guess_end)
-        low = rows * 0 + gl.where(hit, guess + 1, 0)
-        high = rows * 0 + gl.where(hit, guess + 1, segments + 1)
+        found = guess + 1 + gl.where(rows >= middle_bound, 1, 0)
+        low = gl.where(hit, found, 0)
+        high = gl.where(hit, found, segments + 1)
         for _step in range(gl.where(hit, 0, steps)):
             middle = (low + high) // 2
             open_ = low < high

@@ -6,6 +6,7 @@ from typing import no_type_check
 
 import torch
 
+from ..attention.hopper_parts import unsuitable
 from ..attention.triton import check_tensors, flash_forward
 from ..registry import Reason
 from ..triton_support import (
@@ -21,6 +22,7 @@ from .split_kv import split_kv_forward, write_new
 
 _APPEND_ROWS = 32
 _FEW_QUERIES = 16
+_FEW_ROWS_HOPPER = 64
 
 
 def supports_args(
@@ -87,9 +89,15 @@ def _append(
         )  # fmt: skip
 
 
-def _few_queries(q: torch.Tensor) -> bool:
-    """Whether flash forward, a block of rows of a head per program, would leave processors idle."""
+def _few_queries(q: torch.Tensor, k_cache: torch.Tensor, scale: float) -> bool:
+    """Whether :mod:`.split_kv` is faster than flash forward.
+
+    On Hopper the latter splits keys too, and loses only to the smaller blocks of rows of the former.
+    Elsewhere it has a block of rows of a head per program, which would leave processors idle.
+    """
     batch, heads, rows, _ = q.shape
+    if unsuitable(q, k_cache, k_cache, scale) is None:
+        return rows * heads // k_cache.shape[1] <= _FEW_ROWS_HOPPER
     return rows <= _FEW_QUERIES or batch * heads * cdiv(rows, 64) < processors(q.device)
 
 
@@ -105,7 +113,7 @@ def cached_attention(
     window: int,
 ) -> torch.Tensor:
     """See :func:`.reference.reference`. Nothing is read on the host: may be captured in a graph."""
-    if _few_queries(q):
+    if _few_queries(q, k_cache, scale):
         return split_kv_forward(
             q, k, v, k_cache, v_cache, cache_lens, new_lens, scale, window=window
         )

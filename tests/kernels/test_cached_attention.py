@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsevila_compile.kernels.attention.hopper import _splits
 from sparsevila_compile.kernels.attention.op import OP as ATTENTION
 from sparsevila_compile.kernels.attention.reference import attend
 from sparsevila_compile.kernels.cached_attention import split_kv
@@ -30,7 +31,7 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """The implementation; of Triton's, the split-keys path ("few") or flash forward ("many")."""
     name, _, path = str(request.param).partition(" ")
     if path:
-        monkeypatch.setattr(cached_triton, "_few_queries", lambda q: path == "few")
+        monkeypatch.setattr(cached_triton, "_few_queries", lambda *_: path == "few")
     return name
 
 
@@ -310,3 +311,64 @@ def test_lse_opcheck(impl: str, device: torch.device) -> None:
     result = torch.library.opcheck(LSE.overload, args, {"impl": impl})
     assert set(result.values()) == {"SUCCESS"}
     assert LSE.choose(torch.device("cuda"), *args).name == "triton"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [0, 1500])
+@pytest.mark.parametrize(
+    "heads, dim, rows, lens",
+    [
+        ((28, 4), 128, 32, [20000]),
+        ((28, 4), 128, 17, [9000, 3, 0, 12000]),
+        ((16, 2), 80, 200, [5000]),
+        ((8, 8), 64, 100, [7000, 7001]),
+        ((28, 4), 128, 700, [3000, 17]),
+    ],
+)
+def test_many_rows_on_hopper(
+    heads: tuple[int, int],
+    dim: int,
+    rows: int,
+    lens: list[int],
+    window: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Flash forward with its keys split among programs (few rows) or not, and its log-sum-exp."""
+    monkeypatch.setattr(cached_triton, "_few_queries", lambda *_: False)
+    news = [rows, *(max(0, rows - 3 - b) for b in range(len(lens) - 1))]
+    case = Case.random(
+        torch.device("cuda"), torch.bfloat16, heads, dim, rows, max(lens) + rows - 1, lens, news
+    )
+    scale = dim**-0.5
+    for part in range(0, heads[1], 2):  # some key/value heads at a time: the exact one is large
+        group = heads[0] // heads[1]
+        some = slice(part, part + 1)
+        few = Case(
+            case.q[:, part * group : (part + 1) * group],
+            *(getattr(case, n)[:, some].contiguous() for n in ("k", "v", "k_cache", "v_cache")),
+            case.cache_lens,
+            case.new_lens,
+        )
+        exact, exact_lse = LSE.overload(*few.to(torch.float64).args(), scale, window)
+        low = run(OP, "reference", few, scale, window)
+        bound = bound_from(low, exact, factor=3.0)
+        args = few.args()
+        out, lse = LSE.overload(*args, scale, window, impl="triton")
+        assert_catches_broken(out, exact, bound)
+        assert_catches_broken(lse, exact_lse, 1e-5)
+        assert torch.equal(out, run(OP, "triton", few, scale, window))
+        for b, count in enumerate(news):
+            assert (out[b, count:] == 0).all()
+            assert (lse[b, :, count:] == 0).all()
+    whole = LSE.overload(*case.args(), scale, window, impl="triton")
+    again = LSE.overload(*case.args(), scale, window, impl="triton")
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+
+
+def test_plan_for_few_rows() -> None:
+    """Keys are split where blocks of rows are too few for the processors, and only there."""
+    assert _splits(1, 28, 4, 8192, 58000, 132) == 0
+    assert _splits(8, 28, 4, 512, 2048, 132) == 0
+    assert 12 <= _splits(1, 28, 4, 32, 50000, 132) <= 20
+    assert 3 <= _splits(8, 28, 4, 16, 50000, 132) <= 8
+    assert _splits(1, 28, 4, 32, 128, 132) <= 1

@@ -23,7 +23,7 @@ POINTERS = {"out": "*bf16", "lse": "*fp32", "cu": "*i32", "q_start": "*i32", "q_
 def compile_(kernel, d_0, d_1, m, n, absent=(), **constants):
     def block(length, width):
         shape = [1, 1, length, width]
-        return f"tensordesc<bf16{shape},{shared_layout(shape, torch.bfloat16)!r}>"
+        return f"tensordesc<bf16{shape},{shared_layout(tuple(shape), torch.bfloat16)!r}>"
     kinds = dict(POINTERS, scale="fp32")
     for name in "qkv":
         kinds[f"{name}_0_desc"] = block(m if name == "q" else n, d_0)
