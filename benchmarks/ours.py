@@ -39,6 +39,7 @@ FUSED: list[Spec] = [
     ("fuse_rms_norm", {}),
     ("fuse_rotary", {}),
     ("fuse_silu_mul", {}),
+    ("trim_last_layer", {}),
 ]
 FP8_PREFILL: Spec = ("fp8_prefill", {})
 RECIPES: dict[str, list[Spec]] = {

@@ -22,7 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import fx
 
-from sparsevila_compile.awq import check_width
+from sparsevila_compile.awq import check_finite, check_width
 from sparsevila_compile.calibration import Lockstep, Override, component_inputs, read_samples
 from sparsevila_compile.errors import GraphError, UserError
 from sparsevila_compile.graph_edit import Editor, module_path
@@ -43,6 +43,9 @@ from .linear_schemes import W4A16, W8A8, Applied, Parts, Scheme, Searched, named
 from .scale_folding import Fold, applied_scale, bias_of, find_fold, folded, weight_of
 
 aten = torch.ops.aten
+
+_ROUNDED_AT_ONCE = 1 << 26
+"""Values of a weight that are rounded at once: 256 MB in float32."""
 LINEAR = aten.linear.default
 
 METHODS: dict[str, tuple[str, ...]] = {
@@ -230,22 +233,40 @@ class QuantizeLinear(Pass[QuantizeLinearConfig]):
         self._scheme = self.config.storage()
         if context.dry or not matches:
             return
+        self._rounding: list[Group] = []
         if self.config.how == "rtn":
-            for done, group in enumerate(self._groups, 1):
-                context.progress("rounding", done, len(self._groups))
-                self._round(program, group)
+            for match in matches:  # before anything is rewritten
+                self._check(program, _name(match.node))
         else:
             for group in self._groups:
                 group.fold = find_fold(list(program.components.values()), group.names)
             self._calibrate(program, context)
         self._note(context)
 
-    def _round(self, program: Program, group: Group) -> None:
-        for name in group.names:
-            try:
-                self._packed[name] = self._scheme.rounded(program.weights[name], program.dtype)
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from error
+    def spends_weights(self, program: Program) -> bool:
+        """Rounding needs each weight once: a GPU never holds the model twice."""
+        return self.config.how == "rtn" and program.device.type == "cuda"
+
+    @staticmethod
+    def _check(program: Program, name: str) -> None:
+        try:
+            check_finite(program.weights[name])
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+
+    def _rounded(self, program: Program, name: str, context: Context) -> Parts:
+        """A weight rounded to nearest, some rows at a time: they are float32 for a while."""
+        group = self._group_of[name]
+        if group not in self._rounding:
+            self._rounding.append(group)
+            context.progress("rounding", len(self._rounding), len(self._groups))
+        weight = program.weights[name]
+        rows = max(1, _ROUNDED_AT_ONCE // max(1, weight.shape[1]))
+        try:
+            pieces = [self._scheme.rounded(part, program.dtype) for part in weight.split(rows)]  # type: ignore[no-untyped-call]
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
 
     def _calibrate(self, program: Program, context: Context) -> None:
         given = self.config.calibration
@@ -340,14 +361,18 @@ class QuantizeLinear(Pass[QuantizeLinearConfig]):
         if context.dry:
             rows, width = program.weights[name].shape
             parts = self._scheme.empty(rows, width, program.dtype)
-        else:
+        elif name in self._packed:
             parts = self._packed.pop(name)
+        else:
+            parts = self._rounded(program, name, context)
         stored = named(name, parts)
         program.weights |= stored
         for component in program.components.values():
             for node in list(component.graph.nodes):
                 if node.target is LINEAR and weight_of(node) == name:
                     self._replace(program, component, node, stored, group)
+        if not any(name in c.weight_names() for c in program.components.values()):
+            del program.weights[name]
 
     def _replace(
         self,

@@ -22,6 +22,7 @@ from sparsevila_compile.ops import (
     CACHED_ATTENTION,
     CACHED_ATTENTION_LSE,
     RETRIEVAL_ATTENTION,
+    W4A8_LINEAR,
     W4A16_LINEAR,
     W8A8_LINEAR,
 )
@@ -43,7 +44,7 @@ ATTENTIONS = (
     CACHED_ATTENTION_LSE,
     RETRIEVAL_ATTENTION,
 )
-BIAS_AT = {aten.linear.default: 2, W4A16_LINEAR: 4, W8A8_LINEAR: 3}
+BIAS_AT = {aten.linear.default: 2, W4A16_LINEAR: 4, W4A8_LINEAR: 4, W8A8_LINEAR: 3}
 """Linears, quantized or not, and which of their arguments is the bias."""
 
 

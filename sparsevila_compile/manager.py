@@ -112,7 +112,7 @@ def look(program: Program, pass_: Pass[Any]) -> tuple[list[Match], list[Miss]]:
 
 
 def _run(program: Program, pass_: Pass[Any], index: int | None, context: Context) -> PassReport:
-    snapshot = program.snapshot()
+    snapshot: Program | None = program.snapshot()
     nodes, size = program.node_count(), program.weight_bytes()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -135,6 +135,8 @@ def _run(program: Program, pass_: Pass[Any], index: int | None, context: Context
                 f"{pass_.name} matches nothing{_why(misses)}; fix its options, remove it, or set optional: true"
             )
         pass_.prepare(program, matches, context)
+        if matches and pass_.spends_weights(program):
+            snapshot = None
         for match in matches:
             pass_.rewrite(program, match, context)
         pass_.finish(program, matches, context)
@@ -144,14 +146,14 @@ def _run(program: Program, pass_: Pass[Any], index: int | None, context: Context
         verify(program)
         pass_.ensures(program)
     except UserError as error:
-        program.restore(snapshot)
+        _roll_back(program, snapshot)
         raise PassError(str(error), index) from error
     except BaseException:
-        program.restore(snapshot)
+        _roll_back(program, snapshot)
         raise
     modified = fingerprint(program) != before
     if matches and not modified:
-        program.restore(snapshot)
+        _roll_back(program, snapshot)
         raise GraphError(f"{pass_.name} matched {len(matches)} times and changed nothing")
     if program.weight_bytes() < size:
         # Graph modules made for calibration are reference cycles that hold the replaced weights.
@@ -175,6 +177,15 @@ def _run(program: Program, pass_: Pass[Any], index: int | None, context: Context
         fallbacks=context.notes.pop("fallbacks", {}),
         notes=dict(context.notes),
     )
+
+
+def _roll_back(program: Program, snapshot: Program | None) -> None:
+    """Back to before a pass; empty where that pass had begun to spend the weights."""
+    if snapshot is not None:
+        program.restore(snapshot)
+    else:
+        program.components.clear()
+        program.weights.clear()
 
 
 def drop_taps(program: Program) -> None:

@@ -117,6 +117,10 @@ class Pass(ABC, Generic[C]):
     def rewrite(self, program: Program, match: Match, context: Context) -> None:
         """Rewrite one match."""
 
+    def spends_weights(self, program: Program) -> bool:
+        """Whether ``rewrite`` frees weights as it goes, so that a failure in it cannot be undone."""
+        return False
+
     def finish(self, program: Program, matches: list[Match], context: Context) -> None:
         """What is left to do once all matches are rewritten."""
 

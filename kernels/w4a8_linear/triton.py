@@ -1,4 +1,4 @@
-"""Triton: the stored weight becomes a float8 matrix in scratch memory, ``w8a8_linear`` multiplies it.
+"""Triton: the stored weight becomes a float8 matrix in scratch memory, cuBLAS or ``w8a8_linear`` multiplies it.
 
 Unpacking reads half a byte and writes one for each weight, a few percent of the product's time from
 a thousand rows on, and lets the product be the plain one of whole tiles.
@@ -11,10 +11,19 @@ from typing import no_type_check
 import torch
 
 from ..registry import Reason
-from ..triton_support import cdiv, check_launch, next_power_of_2, on_device, tl, triton
+from ..triton_support import (
+    cdiv,
+    check_launch,
+    interpreting,
+    next_power_of_2,
+    on_device,
+    tl,
+    triton,
+)
 from ..w4a16_linear.reference import check_args
 from ..w4a16_linear.triton import supports_args as w4a16_supports
 from ..w4a16_linear.triton import w4a16_linear
+from ..w8a8_linear.library import float8_linear, float8_shapes
 from ..w8a8_linear.rounding import FLOOR, LARGEST
 from ..w8a8_linear.triton import _to_float8, float8_missing, w8a8_linear
 from .reference import CODE
@@ -128,4 +137,5 @@ def w4a8_linear(
     if x.numel() // x.shape[-1] < min_rows:
         return w4a16_linear(x, qweight, scales, zero_points, bias, group_size)
     codes, channel_scales = to_float8(qweight, scales, zero_points, group_size)
-    return w8a8_linear(x, codes, channel_scales, bias)
+    stock = not interpreting() and float8_shapes(x, codes, channel_scales, bias) is None
+    return (float8_linear if stock else w8a8_linear)(x, codes, channel_scales, bias)

@@ -48,7 +48,9 @@ def test_few_rows_answer_as_before_and_many_nearly() -> None:
         model = tiny.compiled("llava", *specs)
         out: list[torch.Tensor] = []
 
-        def note(ids: torch.Tensor, scores: torch.Tensor, into: list[torch.Tensor] = out) -> torch.Tensor:
+        def note(
+            ids: torch.Tensor, scores: torch.Tensor, into: list[torch.Tensor] = out
+        ) -> torch.Tensor:
             into.append(scores.clone())
             return scores
 
