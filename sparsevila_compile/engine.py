@@ -20,7 +20,10 @@ from sparsevila_compile.program import Program
 from sparsevila_compile.prompt import Picture
 
 PREFILL_CHUNK = 8192
-"""Tokens a row that prefill feeds at a time: what bounds the memory of its activations."""
+"""Tokens that prefill feeds at a time, all rows together: what bounds its activations' memory."""
+
+_MIN_CHUNK = 256
+"""Tokens a row at least: fewer would read the weights too often."""
 
 VISION_CHUNK = 16384
 """Patches that the encoder takes at a time, where a single picture has no more."""
@@ -297,13 +300,14 @@ class Engine:
         feeds: list[Feed],
         visual_tokens: torch.Tensor,
         columns: list[torch.Tensor],
-        chunk: int = PREFILL_CHUNK,
+        chunk: int | None = None,
         score: bool = True,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Append the feeds to the cache, ``chunk`` tokens a row at a time.
+        """Append the feeds to the cache, some tokens a row at a time.
 
         Args:
             columns: by row, cache positions of all its visual tokens (int64), this turn's included.
+            chunk: tokens a row at a time; by default the rows share ``PREFILL_CHUNK``.
             score: whether retrieval will want scores.
 
         Returns:
@@ -311,6 +315,8 @@ class Engine:
             there are visual tokens, ``scores_i`` by layer.
         """
         counts = [len(f.ids) for f in feeds]
+        if chunk is None:
+            chunk = max(PREFILL_CHUNK // len(feeds), _MIN_CHUNK)
         # Chunks of one size: the largest decides how much memory activations take.
         chunk = -(-max(counts) // -(-max(counts) // chunk))
         score_columns = _pad_rows(columns, -1).to(device=self.device, dtype=torch.int32)
