@@ -19,7 +19,7 @@ from sparsevila_compile.families import Family
 from sparsevila_compile.program import Program
 from sparsevila_compile.prompt import Picture
 
-PREFILL_CHUNK = 8192
+PREFILL_CHUNK = 5120
 """Tokens that prefill feeds at a time, all rows together: what bounds its activations' memory."""
 
 _MIN_CHUNK = 256
