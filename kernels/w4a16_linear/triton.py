@@ -1,12 +1,21 @@
-"""Triton kernels of ``w4a16_linear``: one for a few rows of x, one for many.
+"""Triton implementation of ``w4a16_linear``: which kernel takes which shapes, and with what tiles.
 
-Both read the stored words once per tile and sum in float32 in a fixed order; no partial sums cross
-programs, so results do not vary from run to run.
+========================  =======================================================================
+rows of x                 kernel
+========================  =======================================================================
+up to ``FEW_ROWS``        :mod:`.few_rows`: one kernel, the weight read once
+up to ``MID_ROWS``        :mod:`.mid_rows`: x reordered, ``wgmma``, split channels added (Hopper)
+more                      :mod:`.dequantize`, then the library's 16-bit product
+float32 x, any number     :mod:`.full_precision`
+========================  =======================================================================
+
+Every kernel sums in float32 in a fixed order, so results do not vary from run to run. Up to
+``MID_ROWS`` weights are never rounded; beyond, each is rounded once to x's dtype, as eager code does.
 """
 
 from __future__ import annotations
 
-from typing import no_type_check
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,150 +23,110 @@ from ..triton_support import (
     Reason,
     cdiv,
     check_launch,
-    dot,
-    dot_precision,
     interpreting,
     next_power_of_2,
     on_device,
+    processors,
     tl,
-    triton,
 )
+from .dequantize import dequantize_rows
+from .few_rows import few_rows
+from .full_precision import full_few_rows, full_many_rows
+from .mid_rows import add_splits, mid_rows, reorder_x
 from .packing import GROUP_SIZES
 from .reference import ACTIVATION_DTYPES, check_args
 
-FEW_ROWS = 4
-"""Up to this many rows of x, decode above all, are multiplied without matrix instructions."""
+FEW_ROWS = 8
+"""Up to this many rows of x, decode above all, the kernel for a few rows takes them."""
+
+MID_ROWS = 512
+"""From more rows on, writing the weight out in 16 bits costs less than it saves."""
+
+FULL_FEW_ROWS = 4
+"""Up to this many rows of a float32 x are taken without blocks of x."""
+
+SCRATCH_BYTES = 320 << 20
+"""The most memory that weights written out in 16 bits may take; a larger weight is done in parts."""
+
+_HOPPER = (9, 0)
 
 
-@triton.jit
-@no_type_check
-def _few_rows(
-    x,  # [M, K], rows stride_xm apart
-    qweight,  # int32 [N, K // 8]
-    scales,  # [N, K // GROUP]
-    zero_points,  # uint8 [N, K // GROUP]
-    bias,  # [N] or unused
-    out,  # [M, N]
-    M,
-    N,
-    K,
-    stride_xm,
-    GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    FOLD: tl.constexpr,  # subtract zero points once per word: faster, some 1e-6 less exact
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,  # words of eight codes
-):
-    """One program: all of K for BLOCK_N outputs of BLOCK_M rows, reduced across threads once."""
-    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    m = tl.arange(0, BLOCK_M).to(tl.int64)
-    words, groups = K // 8, K // GROUP
-    acc = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_W), dtype=tl.float32)
-    for start in range(0, words, BLOCK_W):
-        j = start + tl.arange(0, BLOCK_W)
-        in_weight = (n[:, None] < N) & (j[None, :] < words)
-        in_x = (m[:, None] < M) & (j[None, :] < words)
-        word = tl.load(qweight + n[:, None] * words + j[None, :], mask=in_weight, other=0)
-        group = n[:, None] * groups + j[None, :] // (GROUP // 8)
-        scale = tl.load(scales + group, mask=in_weight, other=0.0).to(tl.float32)
-        offset = 16.0 + tl.load(zero_points + group, mask=in_weight, other=0).to(tl.float32)
-        x_word = x + m[:, None] * stride_xm + j[None, :] * 8
-        product = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_W), dtype=tl.float32)
-        total = tl.zeros((BLOCK_M, BLOCK_W), dtype=tl.float32)
-        for i in tl.static_range(8):
-            xi = tl.load(x_word + i, mask=in_x, other=0.0).to(tl.float32)
-            # The code in the top bits of a float's fraction, with the exponent of 16, is exactly
-            # 16 + code: no integer-to-float conversion, which runs at a quarter of the rate.
-            if i < 5:
-                shifted = word << (19 - 4 * i)
-            else:
-                shifted = word >> (4 * i - 19)
-            code = ((shifted & 0x00780000) | 0x41800000).to(tl.float32, bitcast=True)
-            if FOLD:
-                product += xi[:, None, :] * code[None, :, :]
-                total += xi
-            else:
-                product += xi[:, None, :] * (code - offset)[None, :, :]
-        if FOLD:
-            product -= offset[None, :, :] * total[:, None, :]
-        acc += scale[None, :, :] * product
-    result = tl.sum(acc, axis=2)
-    if HAS_BIAS:
-        result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        out + m[:, None] * N + n[None, :],
-        result.to(out.dtype.element_ty),
-        mask=(m[:, None] < M) & (n[None, :] < N),
-    )
+class Weight(NamedTuple):
+    """A stored weight, contiguous, and what it means."""
+
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor
+    group_size: int
+
+    @property
+    def outputs(self) -> int:
+        return self.qweight.shape[0]
+
+    @property
+    def groups(self) -> int:
+        return self.scales.shape[1]
 
 
-@triton.jit
-@no_type_check
-def _many_rows(
-    x,  # [M, K], rows stride_xm apart
-    qweight,  # int32 [N, K // 8]
-    scales,  # [N, K // GROUP]
-    zero_points,  # uint8 [N, K // GROUP]
-    bias,  # [N] or unused
-    out,  # [M, N]
-    M,
-    N,
-    K,
-    stride_xm,
-    GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # divides GROUP, hence K
-):
-    """One program: a BLOCK_M x BLOCK_N tile of the output over all of K.
+WIDE = 16384
+"""Outputs from which on rows of the weight alone keep a GPU busy."""
 
-    ``code - zero_point`` is exact in 16 bits, so the product is taken of those integers and scaled
-    in float32: the weight is never rounded to x's dtype.
-    """
-    # Neighbouring programs share a tile of the weight, which costs more to make than one of x.
-    blocks_m = tl.cdiv(M, BLOCK_M)
-    m = ((tl.program_id(0) % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    n = ((tl.program_id(0) // blocks_m) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    words, groups = K // 8, K // GROUP
-    j = tl.arange(0, BLOCK_K // 8)
-    k = tl.arange(0, BLOCK_K)
-    shifts = tl.arange(0, 8) * 4
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        tile = tl.load(
-            x + m[:, None] * stride_xm + (start + k)[None, :], mask=m[:, None] < M, other=0.0
-        )
-        word = tl.load(
-            qweight + n[:, None] * words + (start // 8 + j)[None, :], mask=n[:, None] < N, other=0
-        )
-        group = n * groups + start // GROUP
-        scale = tl.load(scales + group, mask=n < N, other=0.0).to(tl.float32)
-        zero = tl.load(zero_points + group, mask=n < N, other=0).to(tl.int32)
-        codes = (word[:, :, None] >> shifts[None, None, :]) & 15
-        # By way of float32: the interpreter cannot cast integers to bfloat16.
-        weight = (tl.reshape(codes, (BLOCK_N, BLOCK_K)) - zero[:, None]).to(tl.float32)
-        weight = tl.trans(weight.to(x.dtype.element_ty))
-        product = dot(tile, weight, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), PRECISION)
-        acc += product * scale[None, :]
-    if HAS_BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        out + m[:, None] * N + n[None, :],
-        acc.to(out.dtype.element_ty),
-        mask=(m[:, None] < M) & (n[None, :] < N),
-    )
+LONG = 64
+"""Groups from which on a row of the weight is worth more warps than programs."""
 
 
-def _tile(rows: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """``(BLOCK_M, BLOCK_N, num_warps)`` of the many-row kernel."""
-    if dtype == torch.float32:  # full-precision products take no matrix instructions: small tiles
-        return (16, 32, 4) if rows <= 16 else (64, 32, 4)
-    if rows <= 64:  # few tiles along M: narrow ones along N keep the GPU busy
-        return max(16, next_power_of_2(rows)), 32, 4
-    return (64, 64, 4) if rows <= 256 else (128, 128, 8)
+class FewTiles(NamedTuple):
+    """Sizes of :func:`.few_rows.few_rows`; named as there."""
+
+    tokens: int
+    side: int  # S
+    rows: int  # R
+    warps: int
+    steps: int  # J
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the weight that one program takes."""
+        return self.rows * 8 // self.side
+
+
+def few_tiles(rows: int, outputs: int, groups: int, multiprocessors: int) -> FewTiles:
+    """Sizes for ``rows`` tokens and a weight of ``outputs`` rows of ``groups`` groups; measured."""
+    tokens = next_power_of_2(rows)
+    wide, long = outputs >= WIDE, groups >= LONG
+    if tokens == 1:
+        return FewTiles(1, 8, 8, 1, 1) if wide else FewTiles(1, 8, 4, 2, 1)
+    if tokens < 8:
+        return FewTiles(tokens, 8 // tokens, 4, 2 if wide else 2 * tokens, 1)
+    if wide:
+        return FewTiles(8, 1, 8, 4, 1)
+    if long:
+        return FewTiles(8, 1, 2, 8, 2)
+    two_steps = cdiv(outputs, 16) <= 2 * multiprocessors
+    return FewTiles(8, 2, 4, 4, 2 if two_steps else 1)
+
+
+class MidTiles(NamedTuple):
+    """Sizes of :func:`.mid_rows.mid_rows`; named as there."""
+
+    block_m: int
+    warps: int
+    splits: int
+    stages: int
+
+
+def mid_tiles(rows: int, outputs: int, groups: int, multiprocessors: int) -> MidTiles:
+    """Sizes for ``rows`` tokens and a weight of ``outputs`` rows of ``groups`` groups; measured."""
+    block_m = min(max(next_power_of_2(rows), 16), 128)
+    warps = 8 if block_m <= 32 and outputs < WIDE and groups >= LONG else 4
+    programs = cdiv(rows, block_m) * cdiv(outputs, 16 * warps)
+    most = multiprocessors * (18 if block_m <= 32 else 9 if block_m == 64 else 8) // 4
+    splits = 1
+    while splits < 8 and 2 * splits * programs <= most and groups >= 8 * splits:
+        splits *= 2
+    splits = cdiv(groups, cdiv(groups, splits))  # none without channels
+    stages = 4 if block_m <= 64 and programs * splits <= 2 * multiprocessors else 3
+    return MidTiles(block_m, warps, splits, stages)
 
 
 def supports_args(
@@ -178,6 +147,173 @@ def supports_args(
         if tensor.dtype not in ACTIVATION_DTYPES:
             return f"scales or bias are {tensor.dtype}"
     return None
+
+
+def _hopper(x: torch.Tensor) -> bool:
+    """Whether the GPU has wgmma, the tensor memory accelerator and early launches."""
+    return x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= _HOPPER
+
+
+def _early(early: bool) -> dict[str, Any]:
+    """Launch options: kernels that wait for their predecessor themselves may start before its end.
+
+    They read nothing that another kernel wrote, and write nothing, before ``gdc_wait``.
+    """
+    return {"launch_pdl": True} if early else {}
+
+
+def _few(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    outputs, groups = weight.outputs, weight.groups
+    tiles = few_tiles(x.shape[0], outputs, groups, processors(x.device))
+    hopper = _hopper(x)
+    few_rows[(cdiv(outputs, tiles.outputs),)](
+        x,
+        weight.qweight.view(torch.int16),
+        weight.scales,
+        weight.zero_points,
+        out if bias is None else bias,
+        out,
+        x.shape[0],
+        outputs,
+        groups,
+        x.stride(0),
+        GROUP=weight.group_size,
+        HAS_BIAS=bias is not None,
+        # Of more than this the programs that come first would ask for too much at once.
+        PREFETCH=hopper and outputs < WIDE and groups < LONG,
+        EARLY=hopper,
+        TOKENS=tiles.tokens,
+        S=tiles.side,
+        R=tiles.rows,
+        W=tiles.warps,
+        J=tiles.steps,
+        KW=8,
+        num_warps=tiles.warps,
+        num_stages=1,
+        **_early(hopper),
+    )
+
+
+def _mid(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    rows, outputs, groups, group_size = x.shape[0], weight.outputs, weight.groups, weight.group_size
+    tiles = mid_tiles(rows, outputs, groups, processors(x.device))
+    early = _hopper(x)
+    ordered = torch.empty((rows, x.shape[1]), dtype=x.dtype, device=x.device)
+    reorder_x[(cdiv(rows * groups, 16),)](
+        x,
+        ordered,
+        rows * groups,
+        groups,
+        x.stride(0),
+        GROUP=group_size,
+        EARLY=early,
+        BLOCK=16,
+        num_warps=4,
+        **_early(early),
+    )
+    parts = out
+    if tiles.splits > 1:
+        parts = torch.empty((tiles.splits, rows, outputs), dtype=torch.float32, device=x.device)
+    block_n = 16 * tiles.warps
+    codes = weight.qweight.view(torch.int16)
+    mid_rows[(cdiv(outputs, block_n) * cdiv(rows, tiles.block_m), tiles.splits)](
+        TensorDescriptor.from_tensor(ordered, [tiles.block_m, group_size]),
+        TensorDescriptor.from_tensor(codes, [block_n, group_size // 4]),
+        weight.scales,
+        weight.zero_points,
+        out if bias is None else bias,
+        parts,
+        rows,
+        outputs,
+        groups,
+        GROUP=group_size,
+        DTYPE=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
+        HAS_BIAS=bias is not None and tiles.splits == 1,
+        EARLY=early,
+        SPLITS=tiles.splits,
+        BLOCK_M=tiles.block_m,
+        W=tiles.warps,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        **_early(early),
+    )
+    if tiles.splits > 1:
+        add_splits[(cdiv(rows * outputs, 512),)](
+            parts,
+            out if bias is None else bias,
+            out,
+            rows * outputs,
+            outputs,
+            HAS_BIAS=bias is not None,
+            EARLY=early,
+            SPLITS=tiles.splits,
+            BLOCK=512,
+            num_warps=4,
+            **_early(early),
+        )
+
+
+def _many(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """The weight written out in x's dtype, a part at a time, and the library's product."""
+    outputs, channels, groups = weight.outputs, x.shape[1], weight.groups
+    dtype = torch.float32 if interpreting() else x.dtype
+    tokens = x.to(dtype)
+    part = min(outputs, max(1, SCRATCH_BYTES // (channels * dtype.itemsize)))
+    part = cdiv(outputs, cdiv(outputs, part))
+    scratch = torch.empty((part, channels), dtype=dtype, device=x.device)
+    block = 1024 // weight.group_size  # four words for each of 32 threads
+    for start in range(0, outputs, part):
+        rows = min(part, outputs - start)
+        chosen = slice(start, start + rows)
+        dequantize_rows[(cdiv(rows * groups, block),)](
+            weight.qweight[chosen],
+            weight.scales[chosen],
+            weight.zero_points[chosen],
+            scratch,
+            rows * groups,
+            GROUP=weight.group_size,
+            BLOCK=block,
+            num_warps=1,
+        )
+        place, written = out[:, chosen], scratch[:rows].T
+        if bias is not None and bias.dtype == dtype:
+            torch.addmm(bias[chosen], tokens, written, out=place)
+        else:
+            torch.mm(tokens, written, out=place)
+            if bias is not None:
+                place.copy_(place.float() + bias[chosen].float())
+
+
+def _full(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    rows, channels, outputs = x.shape[0], x.shape[1], weight.outputs
+    tensors = (
+        x,
+        weight.qweight,
+        weight.scales,
+        weight.zero_points,
+        out if bias is None else bias,
+        out,
+    )
+    sizes = (rows, outputs, channels, x.stride(0))
+    common = {"GROUP": weight.group_size, "HAS_BIAS": bias is not None, "num_warps": 4}
+    if rows <= FULL_FEW_ROWS:
+        block_m = next_power_of_2(rows)
+        block_n = 16 if block_m <= 2 else 8
+        full_few_rows[(cdiv(outputs, block_n),)](
+            *tensors,
+            *sizes,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_W=min(128, next_power_of_2(channels // 8)),
+            **common,
+        )
+        return
+    block_m = 16 if rows <= 16 else 64
+    full_many_rows[(cdiv(rows, block_m) * cdiv(outputs, 32),)](
+        *tensors, *sizes, BLOCK_M=block_m, BLOCK_N=32, BLOCK_K=32, **common
+    )
 
 
 def w4a16_linear(
@@ -206,41 +342,20 @@ def w4a16_linear(
     out = torch.empty((rows, outputs), dtype=out_dtype, device=x.device)
     if out.numel() == 0:
         return out.to(x.dtype).view(*x.shape[:-1], outputs)
-    tensors = (
-        flat,
-        qweight.contiguous(),
-        scales.contiguous(),
-        zero_points.contiguous(),
-        out if bias is None else bias.contiguous(),
-        out,
-    )
-    sizes = (rows, outputs, channels, flat.stride(0))
+    codes = qweight.contiguous()
+    if codes.data_ptr() % 16:  # prefetches and copies of tiles start at multiples of 16 bytes
+        codes = codes.clone()
+    weight = Weight(codes, scales.contiguous(), zero_points.contiguous(), group_size)
+    if bias is not None:
+        bias = bias.contiguous()
+    if x.dtype == torch.float32:
+        run = _full
+    elif rows <= FEW_ROWS:
+        run = _few
+    elif rows <= MID_ROWS and (interpreting() or _hopper(x)):
+        run = _mid
+    else:
+        run = _many
     with on_device(x):
-        if rows <= FEW_ROWS:
-            block_m = next_power_of_2(rows)
-            block_n = 16 if block_m <= 2 else 8
-            _few_rows[(cdiv(outputs, block_n),)](
-                *tensors,
-                *sizes,
-                GROUP=group_size,
-                HAS_BIAS=bias is not None,
-                FOLD=x.dtype != torch.float32,
-                BLOCK_M=block_m,
-                BLOCK_N=block_n,
-                BLOCK_W=min(128, next_power_of_2(channels // 8)),
-                num_warps=4,
-            )
-        else:
-            block_m, block_n, num_warps = _tile(rows, x.dtype)
-            _many_rows[(cdiv(rows, block_m) * cdiv(outputs, block_n),)](
-                *tensors,
-                *sizes,
-                GROUP=group_size,
-                HAS_BIAS=bias is not None,
-                PRECISION=dot_precision(x.dtype),
-                BLOCK_M=block_m,
-                BLOCK_N=block_n,
-                BLOCK_K=min(group_size, 32 if x.dtype == torch.float32 else 64),
-                num_warps=num_warps,
-            )
+        run(flat, weight, bias, out)
     return out.to(x.dtype).view(*x.shape[:-1], outputs)
