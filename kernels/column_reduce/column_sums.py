@@ -136,7 +136,7 @@ def column_sums_kernel(
     g = group % GROUPS
     first, end = 0, rows
     if PACKED:
-        first, end, tile = find_segment(bounds, segments, slot, rows, 1, BLOCK_N, AT_ONCE)
+        first, end, tile = find_segment(bounds, segments, slot, slots, rows, 1, BLOCK_N, AT_ONCE)
         j = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
         reported = j < end
         if not WEIGHTED:
@@ -166,8 +166,8 @@ def column_sums_kernel(
 
     k_base = k + b * (k_batch * UNIT) + (g * HEADS // SHARING).to(tl.int64) * (k_head * UNIT)
     k_at = (n.to(tl.int64) if WIDE else n) * (k_row * UNIT)
-    held = load_held(k_base, k_at, exists, k_dim, DIM, 0, PART)
-    held_more = load_held(k_base, k_at, exists, k_dim, DIM, PART, MORE)
+    held = load_held(k_base, k_at, exists, k_dim, False, DIM, 0, PART)
+    held_more = load_held(k_base, k_at, exists, k_dim, False, DIM, PART, MORE)
     if REGISTERS:
         held = to_registers(held, PART, PRECISION)
         if MORE > 0:
@@ -212,25 +212,39 @@ def column_sums_kernel(
 def sum_parts_kernel(
     parts,
     bounds,
+    columns,
     out,
     count,
+    keys,
     width,
+    columns_batch,
+    columns_row,
     segments,
+    OUTPUTS: tl.constexpr,
     HEADS: tl.constexpr,
     SPLITS: tl.constexpr,
     PACKED: tl.constexpr,
+    GATHER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[x, j] = mean over h of the sum over s of parts[s, x, h, j]; packed: 0 in no segment."""
+    """out[x, j] = mean over h of the sum over s of parts[s, x, h, j]; packed: 0 in no segment.
+
+    GATHER: parts[s, x, h, columns[x // OUTPUTS, j]] instead, 0 where that is no key.
+    """
     blocks = tl.cdiv(width, BLOCK)
     x = (tl.program_id(0) // blocks).to(tl.int64)
     j = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = j < width
+    n = j
+    if GATHER:
+        column_at = (x // OUTPUTS) * columns_batch + j.to(tl.int64) * columns_row
+        n = tl.load(columns + column_at, mask=inside, other=-1).to(tl.int32)
+        inside = (n >= 0) & (n < keys)
     if PACKED:
         inside = inside & (j >= tl.load(bounds)) & (j < tl.load(bounds + segments))
     total = tl.zeros([BLOCK], tl.float32)
     for s in tl.static_range(SPLITS):
         for h in range(HEADS):
             at = (s * count + x) * HEADS + h
-            total += tl.load(parts + at * width + j, mask=inside, other=0.0)
+            total += tl.load(parts + at * keys + n, mask=inside, other=0.0)
     tl.store(out + x * width + j, total / HEADS, mask=j < width)

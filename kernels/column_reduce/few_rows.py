@@ -58,7 +58,7 @@ def few_rows_kernel(
 ):
     """out[block of rows, b, group, j] = norm * sum of w_i P[i, column j] over the block's rows.
 
-    Programs share the columns, in equal parts of whole blocks, and the blocks of rows.
+    Programs share the columns and the blocks of rows.
     """
     part = tl.program_id(0) % programs
     group = tl.program_id(0) // programs
@@ -89,18 +89,36 @@ def few_rows_kernel(
     k_base = k + b * (k_batch * UNIT) + (g * HEADS // SHARING).to(tl.int64) * (k_head * UNIT)
     out_base = out + (row_block * (batch * GROUPS) + group).to(tl.int64) * width
     zeros = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    per = tl.cdiv(tl.cdiv(width, BLOCK_N), programs) * BLOCK_N
-    start = part * per
-    stop = tl.minimum(start + per, width)
-    # From `after` on no row is used or sees anything.
-    after = tl.where(tl.max(used.to(tl.int32), 0) > 0, stop, start)
+    # Columns that a row can see, shared by the programs in whole blocks; the rest are zeros.
+    seen = width
     if not GATHER:
-        seen = tl.minimum(end_key, after)
+        seen = tl.minimum(seen, tl.maximum(end_key, 0))
         if CAUSAL:
-            seen = tl.minimum(tl.max(tl.where(used, last, -1), 0) + 1, seen)
-        seen -= start
-        after = start + tl.cdiv(tl.maximum(seen, 0), BLOCK_N) * BLOCK_N
-    for j0 in tl.range(start, tl.minimum(after, stop), BLOCK_N, num_stages=STAGES):
+            seen = tl.minimum(seen, tl.maximum(tl.max(tl.where(used, last, -1), 0) + 1, 0))
+    seen = tl.where(tl.max(used.to(tl.int32), 0) > 0, seen, 0)
+    per = tl.cdiv(tl.cdiv(seen, BLOCK_N), programs) * BLOCK_N
+    start = tl.minimum(part * per, seen)
+    stop = tl.minimum(start + per, seen)
+    # Whole blocks that all rows see all of. Of chosen columns that is not known beforehand.
+    inner = start
+    if not GATHER:
+        inner = stop
+        if CAUSAL:
+            inner = tl.minimum(stop, seen_by_all + 1)
+        inner = start + tl.maximum(inner - start, 0) // BLOCK_N * BLOCK_N
+    for j0 in tl.range(start, inner, BLOCK_N, num_stages=STAGES):
+        n = j0 + tl.arange(0, BLOCK_N)
+        k_at = (n.to(tl.int64) if WIDE else n) * (k_row * UNIT)
+        # As below, but without any mask: the loop in which the time goes.
+        s = dot(load_held(k_base, k_at, n, k_dim, True, DIM, 0, PART), held, zeros, PRECISION)
+        if MORE > 0:
+            more = load_held(k_base, k_at, n, k_dim, True, DIM, PART, MORE)
+            s = dot(more, held_more, s, PRECISION)
+        p = tl.exp2(s * scale_log2 - minus[None, :])
+        if WEIGHTED:
+            p = p * weight[None, :]
+        tl.store(out_base + n, tl.sum(p, 1) * norm)
+    for j0 in tl.range(inner, stop, BLOCK_N, num_stages=STAGES if GATHER else 1):
         j = j0 + tl.arange(0, BLOCK_N)
         n = j
         if GATHER:
@@ -108,9 +126,10 @@ def few_rows_kernel(
             n = tl.load(columns + column_at, mask=j < stop, other=-1).to(tl.int32)
         exists = (n >= 0) & (n < end_key) & (j < stop)
         k_at = (n.to(tl.int64) if WIDE else n) * (k_row * UNIT)
-        s = dot(load_held(k_base, k_at, exists, k_dim, DIM, 0, PART), held, zeros, PRECISION)
+        tile = load_held(k_base, k_at, exists, k_dim, False, DIM, 0, PART)
+        s = dot(tile, held, zeros, PRECISION)
         if MORE > 0:
-            more = load_held(k_base, k_at, exists, k_dim, DIM, PART, MORE)
+            more = load_held(k_base, k_at, exists, k_dim, False, DIM, PART, MORE)
             s = dot(more, held_more, s, PRECISION)
         p = tl.exp2(s * scale_log2 - minus[None, :])
         if CAUSAL:  # noqa: SIM102 - the outer one is decided at compile time
@@ -119,6 +138,6 @@ def few_rows_kernel(
         if WEIGHTED:
             p = p * weight[None, :]
         tl.store(out_base + j, tl.where(exists, tl.sum(p, 1) * norm, 0.0), mask=j < stop)
-    for j0 in range(after, stop, BLOCK_N):
+    for j0 in range(seen + part * BLOCK_N, width, programs * BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
-        tl.store(out_base + j, tl.zeros([BLOCK_N], tl.float32), mask=j < stop)
+        tl.store(out_base + j, tl.zeros([BLOCK_N], tl.float32), mask=j < width)

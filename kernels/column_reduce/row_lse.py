@@ -82,7 +82,9 @@ def row_lse_kernel(
     b = (group // GROUPS).to(tl.int64)
     g = group % GROUPS
     if PACKED:
-        first, end, tile = find_segment(bounds, segments, slot, rows, HEADS, BLOCK_R, AT_ONCE)
+        first, end, tile = find_segment(
+            bounds, segments, slot, slots, rows, HEADS, BLOCK_R, AT_ONCE
+        )
         r = first * HEADS + tile * BLOCK_R + tl.arange(0, BLOCK_R)
     else:
         first, end = 0, rows
@@ -113,8 +115,8 @@ def row_lse_kernel(
 
     q_base = q + b * (q_batch * UNIT) + (g * HEADS).to(tl.int64) * (q_head * UNIT)
     q_at = place(r.to(tl.int64) if WIDE else r, HEADS, q_head * UNIT, q_row * UNIT)
-    held = load_held(q_base, q_at, used, q_dim, DIM, 0, PART)
-    held_more = load_held(q_base, q_at, used, q_dim, DIM, PART, MORE)
+    held = load_held(q_base, q_at, used, q_dim, False, DIM, 0, PART)
+    held_more = load_held(q_base, q_at, used, q_dim, False, DIM, PART, MORE)
     if REGISTERS:
         held = to_registers(held, PART, PRECISION)
         if MORE > 0:

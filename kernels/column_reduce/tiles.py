@@ -72,13 +72,25 @@ def load_part(
 @triton.jit
 @no_type_check
 def load_held(
-    base, offset, exists, stride, DIM: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr
+    base,
+    offset,
+    exists,
+    stride,
+    ALL: tl.constexpr,
+    DIM: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """As ``load_part``, but [n, WIDTH]; without a second part (WIDTH 0) something unused."""
     if WIDTH > 0:
         d = FIRST + tl.arange(0, WIDTH)
         pointers = base + offset[:, None] + d[None, :] * stride
-        held = tl.load(pointers, mask=exists[:, None] & (d < DIM)[None, :], other=0.0)
+        if ALL and FIRST + WIDTH <= DIM:
+            held = tl.load(pointers)
+        elif ALL:
+            held = tl.load(pointers, mask=(d < DIM)[None, :], other=0.0)
+        else:
+            held = tl.load(pointers, mask=exists[:, None] & (d < DIM)[None, :], other=0.0)
     else:
         held = offset
     return held
@@ -129,7 +141,14 @@ def narrow(x, HELD: tl.constexpr, STREAMED: tl.constexpr):
 @triton.jit
 @no_type_check
 def find_segment(
-    bounds, segments, slot, rows, HEADS: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
+    bounds,
+    segments,
+    slot,
+    slots,
+    rows,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     """(first, end, tile): the segment of a slot, in rows, and which of its tiles the slot is.
 
@@ -137,14 +156,19 @@ def find_segment(
     tiles: so neither a scan nor a value on the host is needed. A slot too many gives a tile beyond
     the segment's end; a slot of no segment, an empty segment.
     """
-    before = 0
-    for s0 in range(0, segments, AT_ONCE):
-        s = s0 + tl.arange(0, AT_ONCE)
-        first = tl.load(bounds + s, mask=s < segments, other=0).to(tl.int32)
-        mine = (first * HEADS // BLOCK + s <= slot) & (s < segments)
-        before += tl.sum(mine.to(tl.int32), 0)
-    at = tl.maximum(before - 1, 0)
-    first = tl.maximum(tl.load(bounds + at).to(tl.int32), 0)
-    end = tl.minimum(tl.load(bounds + at + 1).to(tl.int32), rows)
-    end = tl.where(before > 0, end, first)
-    return first, end, slot - (first * HEADS // BLOCK + at)
+    # Segments of one size are found by a division, others by looking at all of them.
+    at = (slot.to(tl.int64) * segments // slots).to(tl.int32)
+    first = tl.load(bounds + at).to(tl.int32)
+    end = tl.load(bounds + at + 1).to(tl.int32)
+    if (first * HEADS // BLOCK + at > slot) | (end * HEADS // BLOCK + at + 1 <= slot):
+        before = 0
+        for s0 in range(0, segments, AT_ONCE):
+            s = s0 + tl.arange(0, AT_ONCE)
+            bound = tl.load(bounds + s, mask=s < segments, other=0).to(tl.int32)
+            mine = (bound * HEADS // BLOCK + s <= slot) & (s < segments)
+            before += tl.sum(mine.to(tl.int32), 0)
+        at = tl.maximum(before - 1, 0)
+        first = tl.load(bounds + at).to(tl.int32)
+        end = tl.where(before > 0, tl.load(bounds + at + 1).to(tl.int32), first)
+    tile = slot - (first * HEADS // BLOCK + at)
+    return tl.maximum(first, 0), tl.minimum(end, rows), tile

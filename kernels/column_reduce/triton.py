@@ -30,7 +30,7 @@ from .column_sums import column_sums_kernel, sum_parts_kernel
 from .few_rows import few_rows_kernel
 from .row_lse import combine_lse_kernel, given_lse_kernel, row_lse_kernel
 from .tiles import LSE_UNIT, SEGMENTS_AT_ONCE, split_dim
-from .tuning import FEW_ROWS, few_rows_tile, is_hopper, lse_tile, resident, splits_of, sums_tile
+from .tuning import few_rows_of, few_rows_tile, is_hopper, lse_tile, resident, splits_of, sums_tile
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_DIM = 256
@@ -169,44 +169,46 @@ def column_reduce_triton(
         norm = 1 / sharing
         if row_weights is None and cu_seqlens is None:
             norm /= rows
-        arguments = [q, k, row_weights, q_start, k_lens, columns, lse]
-        sizes = [*strides, batch, rows, keys, width]
-        more_strides = [
-            *weights_strides,
-            *((0, 0) if columns is None else columns.stride()),
-            lse_group,
-        ]
-        few = cu_seqlens is None and rows * sharing <= min(FEW_ROWS, width // 4)
+        # Most of the keys, but chosen: cheaper to sum for all of them and to choose afterwards.
+        late = columns is not None and 2 * width >= keys and rows * sharing <= few_rows_of(keys)
+        chosen = None if late else columns
+        wide = keys if late else width
+        columns_strides = (0, 0) if columns is None else columns.stride()
+        arguments = [q, k, row_weights, q_start, k_lens, chosen, lse]
+        sizes = [*strides, batch, rows, keys, wide]
+        more_strides = [*weights_strides, *columns_strides, lse_group]
+        few = cu_seqlens is None and rows * sharing <= few_rows_of(wide)
         if few:
-            blocks = few_rows_tile(rows * sharing, *kind, columns is not None)
+            blocks = few_rows_tile(rows * sharing, *kind, chosen is not None)
             splits = cdiv(rows * sharing, blocks["BLOCK_R"])
-            tiles = min(cdiv(width, blocks["BLOCK_N"]), max(1, 2 * programs // (splits * count)))
+            tiles = min(cdiv(wide, blocks["BLOCK_N"]), max(1, 2 * programs // (splits * count)))
         else:
-            blocks = sums_tile(rows * sharing // max(1, segments), *kind)
-            tiles, splits = slots(width, blocks["BLOCK_N"]), 1
+            blocks = sums_tile(rows * sharing // (segments + 1), *kind)
+            tiles, splits = slots(wide, blocks["BLOCK_N"]), 1
             if cu_seqlens is None:
                 at_once = programs * resident(blocks, "BLOCK_N", part + more)
                 row_blocks = cdiv(rows * sharing, blocks["BLOCK_R"])
                 splits = splits_of(tiles * count, row_blocks, at_once)
-        direct = splits == 1 and merged == 1 and cu_seqlens is None
-        parts = floats(splits, batch, groups, width)
+        direct = splits == 1 and merged == 1 and cu_seqlens is None and not late
+        parts = floats(splits, batch, groups, wide)
         if few:
             few_rows_kernel[(tiles * count, splits)](
                 *arguments, parts, scale_log2, norm, *sizes, *more_strides, tiles,
-                GATHER=columns is not None, **blocks,
+                GATHER=chosen is not None, **blocks,
                 **{n: v for n, v in shared.items() if n not in ("PACKED", "AT_ONCE")},
             )  # fmt: skip
         else:
             column_sums_kernel[(tiles * count, splits)](
                 *arguments, parts, cu_seqlens, scale_log2, norm, *sizes, *more_strides,
-                segments, tiles, SPLITS=splits, GATHER=columns is not None, **blocks, **shared,
+                segments, tiles, SPLITS=splits, GATHER=chosen is not None, **blocks, **shared,
             )  # fmt: skip
         if direct:
             return parts[0]
         out = floats(*shape)
         sum_parts_kernel[(cdiv(width, 256) * batch * shape[1],)](
-            parts, cu_seqlens, out, batch * shape[1], width, segments,
-            HEADS=merged, SPLITS=splits, PACKED=cu_seqlens is not None, BLOCK=256,
+            parts, cu_seqlens, columns, out, batch * shape[1], wide, width, *columns_strides,
+            segments, OUTPUTS=shape[1], HEADS=merged, SPLITS=splits,
+            PACKED=cu_seqlens is not None, GATHER=late, BLOCK=256,
         )  # fmt: skip
     return out
 

@@ -6,10 +6,6 @@ import torch
 
 from ..triton_support import cdiv, next_power_of_2
 
-FEW_ROWS = 1024
-"""With at most so many rows (times heads that share a key), and four times as many columns, rows
-are held and keys streamed."""
-
 Tile = dict[str, int]
 """Constants of a kernel: BLOCK_R, BLOCK_N, STAGES, maybe REGISTERS, and options of the launch."""
 
@@ -19,12 +15,15 @@ def is_hopper(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
 
 
+def few_rows_of(columns: int) -> int:
+    """Up to how many rows (times heads that share a key) are held while keys are streamed."""
+    return min(1024, columns // 4)
+
+
 def lse_tile(rows: int, dim: int, dtype: torch.dtype, hopper: bool) -> Tile:
     """First pass: ``BLOCK_R`` rows held, ``BLOCK_N`` keys loaded at a time."""
     if dtype == torch.float32 or dim > 128 or not hopper:
         return _plain_tile(rows, dim, dtype) | {"REGISTERS": 0}
-    if dim > 96 and rows >= 512:
-        return {"BLOCK_R": 128, "BLOCK_N": 128, "STAGES": 3, "REGISTERS": 1, "num_warps": 8}
     tile = {"BLOCK_R": 128, "BLOCK_N": 64, "STAGES": 3, "REGISTERS": 0, "num_warps": 4}
     return tile | ({"maxnreg": 128} if dim <= 80 else {})  # four programs a processor
 
@@ -35,7 +34,7 @@ def sums_tile(rows: int, dim: int, dtype: torch.dtype, hopper: bool) -> Tile:
         return _plain_tile(rows, dim, dtype) | {"REGISTERS": 0}
     tile = {"BLOCK_R": 64, "BLOCK_N": 128, "num_warps": 4}
     # Putting the columns into registers pays where it is done once for many rows.
-    return tile | ({"STAGES": 3, "REGISTERS": 1} if rows >= 2048 else {"STAGES": 2, "REGISTERS": 0})
+    return tile | ({"STAGES": 3, "REGISTERS": 1} if rows >= 1024 else {"STAGES": 2, "REGISTERS": 0})
 
 
 def few_rows_tile(rows: int, dim: int, dtype: torch.dtype, hopper: bool, gather: bool) -> Tile:
