@@ -12,7 +12,6 @@ After Dao et al., "Flash-Decoding" (2023). What makes it fast where a call lasts
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import no_type_check
 
 import torch
@@ -27,13 +26,13 @@ from ..triton_support import (
     interpreting,
     next_power_of_2,
     on_device,
-    processors,
     tl,
     triton,
 )
+from .decode_config import Config, configure, slots_of_a_share
 
-_MAX_SPLITS = 256
 _MAX_GROUP = 16
+_COMBINED_COLUMNS = 64
 _COUNTED_AT_ONCE = 4096
 
 
@@ -147,7 +146,7 @@ def _decode_kernel(
     capacity, kv_heads, indexed, scale, window,
     GROUP: tl.constexpr, D: tl.constexpr, INDEXED: tl.constexpr, WINDOWED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COUNTED: tl.constexpr,
-    RUN: tl.constexpr, PRECISION: tl.constexpr, PIPELINED: tl.constexpr, OVERLAP: tl.constexpr,
+    RUN: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One share of the keys, for the heads of one group. Grid (splits, B * Hkv)."""
     split = tl.program_id(0)
@@ -213,39 +212,20 @@ def _decode_kernel(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
-    if PIPELINED:
-        for first in range(0, end, BLOCK_N):
-            i = first + lane
-            at, present = _place(i, named, named_end, end, limit, run_start, INDEXED)
-            if INDEXED:
-                named = _named(
-                    index_row, index_stride_i, i + BLOCK_N, named_end, indexed, split, splits, RUN
-                )
-            keys, values = _load_tile(
-                k_old, v_old, at, present, kc_stride_s, kc_stride_d, vc_stride_s, vc_stride_d,
-                D, BLOCK_D,
-            )  # fmt: skip
-            peak, total, acc = _attend_tile(
-                keys, values, present, q_tile, scale, peak, total, acc, PRECISION
+    for first in range(0, end, BLOCK_N):
+        i = first + lane
+        at, present = _place(i, named, named_end, end, limit, run_start, INDEXED)
+        if INDEXED:
+            named = _named(
+                index_row, index_stride_i, i + BLOCK_N, named_end, indexed, split, splits, RUN
             )
-    else:  # all of a tile is under way, in registers, before any of it is waited for
-        at, present = _place(lane, named, named_end, end, limit, run_start, INDEXED)
         keys, values = _load_tile(
             k_old, v_old, at, present, kc_stride_s, kc_stride_d, vc_stride_s, vc_stride_d,
             D, BLOCK_D,
         )  # fmt: skip
-        for first in range(0, end, BLOCK_N):
-            i = first + BLOCK_N + lane
-            if INDEXED:
-                named = _named(index_row, index_stride_i, i, named_end, indexed, split, splits, RUN)
-            peak, total, acc = _attend_tile(
-                keys, values, present, q_tile, scale, peak, total, acc, PRECISION
-            )
-            at, present = _place(i, named, named_end, end, limit, run_start, INDEXED)
-            keys, values = _load_tile(
-                k_old, v_old, at, present, kc_stride_s, kc_stride_d, vc_stride_s, vc_stride_d,
-                D, BLOCK_D,
-            )  # fmt: skip
+        peak, total, acc = _attend_tile(
+            keys, values, present, q_tile, scale, peak, total, acc, PRECISION
+        )
 
     if split == splits - 1:
         kept = active & (start < capacity)
@@ -310,32 +290,6 @@ def serves(q: torch.Tensor, k_cache: torch.Tensor) -> bool:
     return q.shape[2] == 1 and q.shape[1] <= _MAX_GROUP * k_cache.shape[1]
 
 
-@dataclass(frozen=True)
-class Config:
-    """How a call is cut: keys a tile, warps a program, tiles in flight, shares of a group's keys."""
-
-    block_n: int
-    warps: int
-    stages: int
-    splits: int
-    columns: int = 8
-    overlap: bool = True
-    combine_warps: int = 4
-    combine_columns: int = 64
-    run: int = 8
-    registers: int | None = None
-
-
-def configure(
-    batch: int, kv_heads: int, group: int, dim: int, itemsize: int, keys: int, device: torch.device
-) -> Config:
-    """``keys``: the most that a row can attend."""
-    groups = batch * kv_heads
-    block_n = 64 if itemsize == 2 else 16
-    splits = max(1, min(2 * processors(device) // groups, cdiv(keys, block_n), _MAX_SPLITS))
-    return Config(block_n, 4, 3, splits)
-
-
 def decode_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -366,8 +320,8 @@ def decode_forward(
     indexed = 0 if index is None else index.shape[2]
     if config is None:
         config = configure(
-            batch, kv_heads, group, dim, q.element_size(),
-            capacity if index is None else indexed, q.device,
+            batch, kv_heads, group, dim, q.dtype,
+            capacity if index is None else indexed, index is not None, q.device,
         )  # fmt: skip
     splits = config.splits
     partial = torch.empty((batch * heads * splits, dim), dtype=torch.float32, device=q.device)
@@ -376,11 +330,10 @@ def decode_forward(
         index_strides = (0, 0, 0)
     else:  # one index for all heads of a batch row, or one a key/value head
         index_strides = (index.stride(0), index.stride(1) * (index.shape[1] > 1), index.stride(2))
-    slots = cdiv(indexed, splits * config.run) * config.run  # of the index, to a program at most
+    slots = slots_of_a_share(indexed, splits, config.run)
     block_d = max(16, next_power_of_2(dim))
-    overlap = config.overlap and not interpreting()
+    overlap = not interpreting() and torch.cuda.get_device_capability(q.device) >= (9, 0)
     options = {"launch_pdl": True} if overlap else {}
-    limits = {} if config.registers is None else {"maxnreg": config.registers}
     with on_device(q):
         _decode_kernel[(splits, batch * kv_heads)](
             q, k, v, k_cache, v_cache, cache_lens, new_lens, index, tail_start,
@@ -389,16 +342,16 @@ def decode_forward(
             v.stride(0), v.stride(1), v.stride(3), *k_cache.stride(), *v_cache.stride(),
             *index_strides, capacity, kv_heads, indexed, scale * LOG2E, window,
             GROUP=group, D=dim, INDEXED=index is not None, WINDOWED=window > 0,
-            BLOCK_M=max(config.columns, next_power_of_2(group)), BLOCK_N=config.block_n, BLOCK_D=block_d,
+            BLOCK_M=max(8, next_power_of_2(group)), BLOCK_N=config.block_n, BLOCK_D=block_d,
             COUNTED=0 if slots <= config.block_n else min(_COUNTED_AT_ONCE, next_power_of_2(slots)),
             RUN=config.run,
-            PRECISION=dot_precision(q.dtype), PIPELINED=config.stages > 0, OVERLAP=overlap,
-            num_warps=config.warps, num_stages=max(1, config.stages), **options, **limits,
+            PRECISION=dot_precision(q.dtype), OVERLAP=overlap,
+            num_warps=config.warps, num_stages=config.stages, **options,
         )  # fmt: skip
-        columns = min(block_d, config.combine_columns)
+        columns = min(block_d, _COMBINED_COLUMNS)
         _combine_kernel[(cdiv(dim, columns), group, batch * kv_heads)](
             partial, partial_lse, out, splits,
             GROUP=group, D=dim, COLUMNS=columns, ALL=next_power_of_2(splits), OVERLAP=overlap,
-            num_warps=config.combine_warps, **options,
+            num_warps=4, **options,
         )  # fmt: skip
     return out

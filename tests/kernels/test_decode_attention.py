@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparsevila_compile.kernels.cached_attention import decode
+from sparsevila_compile.kernels.cached_attention import decode, decode_config
+from sparsevila_compile.kernels.cached_attention.decode_config import Config
 from sparsevila_compile.kernels.cached_attention.op import OP as CACHED
 from sparsevila_compile.kernels.retrieval_attention.op import OP as RETRIEVAL
 from tests.kernels.caches import Case, KeysOf, check, run
@@ -60,13 +61,13 @@ def cut(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     """Let the kernels run with another configuration than the one chosen."""
     chosen = decode.configure
 
-    def configure(*args: Any) -> decode.Config:
+    def configure(*args: Any) -> Config:
         return replace(chosen(*args), **changes)
 
     monkeypatch.setattr(decode, "configure", configure)
 
 
-@pytest.mark.parametrize("splits, stages", [(1, 3), (2, 0), (3, 1), (7, 0), (9, 3)])
+@pytest.mark.parametrize("splits, stages", [(1, 3), (2, 1), (3, 2), (7, 1), (9, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_shares(
     dtype: torch.dtype,
@@ -139,8 +140,39 @@ def test_far_apart_scores(device: torch.device) -> None:
     assert_catches_broken(run(CACHED, "triton", case, 3.0, 0), exact, 2e-5)
 
 
+@pytest.mark.parametrize("shared_memory", [91 * 1024, 219 * 1024])
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("heads", [(28, 4), (32, 32), (16, 2), (40, 8), (12, 1), (5, 5)])
+def test_configuration(
+    heads: tuple[int, int], indexed: bool, shared_memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the shape: tiles fit, and three quarters of 132 processors have work at any time."""
+    monkeypatch.setattr(decode_config, "processors", lambda device: 132)
+    monkeypatch.setattr(decode_config, "_tile_memory", lambda device: shared_memory)
+    for batch in (1, 2, 3, 8, 24, 32, 100, 300):
+        for dim, dtype in ((64, torch.bfloat16), (128, torch.float16), (256, torch.float32)):
+            for keys in (5000, 50_000):
+                group, groups = heads[0] // heads[1], batch * heads[1]
+                config = decode.configure(
+                    batch, heads[1], group, dim, dtype, keys, indexed, torch.device("cpu")
+                )
+                assert 1 <= config.splits <= decode_config.MAX_SPLITS
+                tile = 2 * config.block_n * dim * dtype.itemsize
+                held = config.stages - (config.stages > 1 and group <= 8)
+                assert held * tile <= shared_memory
+                programs = groups * config.splits
+                if config.splits < -(-keys // config.block_n):  # else: one tile each
+                    assert programs / (-(-programs // 132) * 132) > 0.75
+
+
+def test_configuration_of_little() -> None:
+    """Few keys are not cut finer than tiles."""
+    few = decode.configure(1, 4, 7, 128, torch.bfloat16, 100, False, torch.device("cpu"))
+    assert few.splits <= 2
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [(28, 4), (32, 32), (32, 8), (16, 2), (40, 8)])
+@pytest.mark.parametrize("heads", [(28, 4), (32, 32), (16, 2), (24, 2), (40, 8)])
 @pytest.mark.parametrize("batch", [1, 3, 32])
 def test_full_size(batch: int, heads: tuple[int, int]) -> None:
     """2K caches of other models, every row and head against float64."""
