@@ -141,7 +141,7 @@ def _all_counts(counts, segment, PARTS: tl.constexpr):
     return tl.load(counts + row[:, None] * 256 + digit[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "total"])
 @no_type_check
 def _count(
     scores,
@@ -194,7 +194,7 @@ def _count(
     tl.store(new_counts + row * 256 + tl.arange(0, 256), found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "total"])
 @no_type_check
 def _write(
     scores,
