@@ -141,7 +141,7 @@ def column_reduce_triton(
             splits = 1
             if cu_seqlens is None:
                 at_once = programs * resident(blocks, "BLOCK_R", part + more)
-                splits = splits_of(tiles * count, cdiv(keys, blocks["BLOCK_N"]), at_once)
+                splits = splits_of(tiles * count, cdiv(keys, blocks["BLOCK_N"]), at_once, 128)
             parts = floats(splits, count, lse_group * unit_of_lse)
             row_lse_kernel[(tiles * count, splits)](
                 q, k, row_weights, cu_seqlens, q_start, k_lens, parts, scale_log2, *strides,
@@ -181,14 +181,15 @@ def column_reduce_triton(
         if few:
             blocks = few_rows_tile(rows * sharing, *kind, chosen is not None)
             splits = cdiv(rows * sharing, blocks["BLOCK_R"])
-            tiles = min(cdiv(wide, blocks["BLOCK_N"]), max(1, 2 * programs // (splits * count)))
+            column_blocks = cdiv(wide, blocks["BLOCK_N"])
+            tiles = splits_of(splits * count, column_blocks, 2 * programs, 1024)
         else:
             blocks = sums_tile(rows * sharing // (segments + 1), *kind)
             tiles, splits = slots(wide, blocks["BLOCK_N"]), 1
             if cu_seqlens is None:
                 at_once = programs * resident(blocks, "BLOCK_N", part + more)
                 row_blocks = cdiv(rows * sharing, blocks["BLOCK_R"])
-                splits = splits_of(tiles * count, row_blocks, at_once)
+                splits = splits_of(tiles * count, row_blocks, at_once, 64)
         direct = splits == 1 and merged == 1 and cu_seqlens is None and not late
         parts = floats(splits, batch, groups, wide)
         if few:

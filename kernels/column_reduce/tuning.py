@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from ..triton_support import cdiv, next_power_of_2
@@ -66,8 +68,9 @@ def resident(tile: Tile, held: str, dim: int) -> int:
     return max(1, min(most, 227 * 1024 // (2 * values * dim + 2048)))
 
 
-def splits_of(programs: int, blocks: int, slots: int) -> int:
-    """Over how many parts of the loaded operand to spread each tile.
+@lru_cache
+def splits_of(programs: int, blocks: int, slots: int, most: int) -> int:
+    """Over how many parts of the loaded operand to spread each tile, ``most`` at most.
 
     Programs run ``slots`` at a time, each for as long as its blocks take and about three more.
     """
@@ -75,4 +78,4 @@ def splits_of(programs: int, blocks: int, slots: int) -> int:
     def time(splits: int) -> int:
         return cdiv(programs * splits, slots) * (cdiv(blocks, splits) + 3)
 
-    return min(range(1, min(64, max(1, blocks // 2)) + 1), key=time)
+    return min(range(1, min(most, max(1, blocks // 2)) + 1), key=time)

@@ -104,7 +104,7 @@ def _compact(
         wanted -= tl.sum(tie, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "total"])
 @no_type_check
 def _select(scores, starts, lengths, keep, offsets, out, stride, count, total, BLOCK: tl.constexpr):
     """One segment, by one program."""
