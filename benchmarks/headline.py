@@ -132,7 +132,9 @@ def main() -> None:
     for name, run in _sides(SHAPES[given.shape], given.sides.split(","), sizes):
         for setting in settings:
             try:
-                results += run(SETTINGS[setting])
+                results += (found := run(SETTINGS[setting]))
+                for one in found:
+                    print(json.dumps(one.json()), flush=True)
             except (RuntimeError, ArithmeticError, AssertionError) as problem:
                 traceback.print_exc(limit=3)
                 failed.append({"side": name, "setting": setting, "why": str(problem)[:500]})
