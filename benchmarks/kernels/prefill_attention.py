@@ -159,6 +159,12 @@ def rivals(s: Setting, x: Inputs) -> Iterator[tuple[str, Callable[[], Any], floa
     else:
         yield "cudnn", cudnn, 1.0
     yield "flash", flash, 1.0
+    if s.cached is None:  # the same op on scaled_dot_product_attention, output laid out as asked
+        yield (
+            "op on library",
+            lambda: ATTENTION(x.q, x.k, x.v, None, s.dim**-0.5, False, 0, impl="library"),
+            1.0,
+        )
 
 
 def errors(s: Setting, x: Inputs) -> tuple[float, float]:
