@@ -15,7 +15,7 @@ from benchmarks.stock.attention import Attention
 from benchmarks.stock.elementwise import Product
 from benchmarks.stock.linears import DecodeLinear, Int4, build
 
-BLOCK = 16384  # rows of one MLP product at prefill: bounds memory, far beyond what cuBLAS needs
+BLOCK = 16384  # rows of one MLP product at prefill: bounds memory
 
 
 @dataclass

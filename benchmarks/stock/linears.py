@@ -237,7 +237,9 @@ def choose(
             if kind == "gemlite" and not with_gemlite:
                 continue
             if kind == "gemlite" and not (tune_gemlite or gemlite_tuned(k, n, rows)):
-                notes.append(f"gemlite left out at {k}x{n}, {rows} rows: no tuning is saved")
+                notes.append(
+                    f"gemlite left out at {k}x{n}, {rows} rows: no tuning is saved (tune_gemlite searches)"
+                )
                 continue
             linears: list[DecodeLinear] = []
             try:
