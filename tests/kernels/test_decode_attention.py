@@ -137,7 +137,8 @@ def test_far_apart_scores(device: torch.device) -> None:
     case = random_case(device, torch.float32, (4, 2))
     case.k_cache[:, :, 17] *= 60
     exact = run(CACHED, "reference", case.to(torch.float64), 3.0, 0)
-    assert_catches_broken(run(CACHED, "triton", case, 3.0, 0), exact, 2e-5)
+    # Scores in the hundreds: float32 rounds them by 1e-5, and their weights by as much.
+    assert_catches_broken(run(CACHED, "triton", case, 3.0, 0), exact, 1e-4)
 
 
 @pytest.mark.parametrize("shared_memory", [91 * 1024, 219 * 1024])
