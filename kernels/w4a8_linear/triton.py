@@ -64,13 +64,13 @@ def _unpack(
         j = start + tl.arange(0, BLOCK_W)
         inside = (n[:, None] < N) & (j[None, :] < words)
         word = tl.load(qweight + n[:, None] * words + j[None, :], mask=inside, other=0)
-        at = n[:, None] * groups + j[None, :] // (GROUP // 8)
-        scale = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)[:, :, None]
-        zero = tl.load(zero_points + at, mask=inside, other=0).to(tl.float32)[:, :, None]
+        group = n[:, None] * groups + j[None, :] // (GROUP // 8)
+        factor = tl.load(scales + group, mask=inside, other=0.0).to(tl.float32)
+        offset = 8388608.0 + tl.load(zero_points + group, mask=inside, other=0).to(tl.float32)
         # 2^23 + code as the bits of a float: no integer-to-float conversion, which is slow.
         bits = ((word[:, :, None] >> shifts[None, None, :]) & 15) | 0x4B000000
-        code = bits.to(tl.float32, bitcast=True) - (8388608.0 + zero)
-        value = _to_float8(code * scale * inverse)
+        code = bits.to(tl.float32, bitcast=True) - offset[:, :, None]
+        value = _to_float8(code * factor[:, :, None] * inverse)
         where = out + n[:, None, None] * K + (j[None, :, None] * 8 + tl.arange(0, 8)[None, None, :])
         tl.store(where, value, mask=inside[:, :, None])
 
