@@ -40,7 +40,7 @@ _TensorDescriptor: Any = None
 if HAVE_GLUON:
     gluon = importlib.import_module("triton.experimental.gluon")
     gl = importlib.import_module("triton.experimental.gluon.language")
-    _hopper = importlib.import_module(_HOPPER)
+    _hopper = importlib.import_module("triton.experimental.gluon.language.nvidia.hopper")
     mbarrier, tma = _hopper.mbarrier, _hopper.tma
     warpgroup_mma, warpgroup_mma_wait = _hopper.warpgroup_mma, _hopper.warpgroup_mma_wait
     fence_async_shared = _hopper.fence_async_shared

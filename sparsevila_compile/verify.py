@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from sparsevila_compile.errors import GraphError
-from sparsevila_compile.ops import ATTENTION
+from sparsevila_compile.ops import ATTENTION, ATTENTION_LSE
 from sparsevila_compile.program import STAGES, Component, Program
 
 PYTHON_TARGETS: dict[str, Any] = {
@@ -68,7 +68,7 @@ def verify(program: Program) -> None:
         _verify_component(component, program)
     if STAGES.index(program.stage) >= STAGES.index("cache") and program.caches:
         for node in program.component("language").graph.nodes:
-            if node.target is ATTENTION and node.args[5]:
+            if node.target in (ATTENTION, ATTENTION_LSE) and node.args[5]:
                 raise GraphError(f"language/{node.name}: causal attention without a cache")
 
 

@@ -81,7 +81,7 @@ def test_forced_reference_gives_the_same_answers(name: str) -> None:
 @pytest.mark.parametrize(
     "implementations,message",
     [
-        ({"atention": "reference"}, "there is no op atention; there are attention,"),
+        ({"atention": "reference"}, "there is no op atention; there are add_rms_norm, attention,"),
         ({"attention": "cuda"}, "attention has no implementation 'cuda'; it has"),
         ({"w4a16_linear": "reference"}, "no w4a16_linear in the graph; remove the entry"),
     ],
