@@ -135,7 +135,7 @@ def main() -> None:
                 results += (found := run(SETTINGS[setting]))
                 for one in found:
                     print(json.dumps(one.json()), flush=True)
-            except Exception as problem:  # noqa: BLE001  the other sides are still worth measuring
+            except Exception as problem:  # the other sides are still worth measuring
                 traceback.print_exc(limit=3)
                 failed.append({"side": name, "setting": setting, "why": str(problem)[:500]})
             _free()
