@@ -18,15 +18,13 @@ from typing import Any
 import torch
 
 from benchmarks.headline_types import Measured, ModelShape, Setting
+from benchmarks.stock.transformers_generate import build, prompt
 from sparsevila_compile import hf
 from sparsevila_compile.decoding import Decoder
 from sparsevila_compile.manager import run_passes
 from sparsevila_compile.model import CompiledModel
 from sparsevila_compile.pass_base import PASSES, Context
 from sparsevila_compile.trace import trace
-
-IMAGE, START, END = 31003, 31001, 31002
-TEXT_IDS = 30000
 
 Spec = tuple[str, dict[str, Any]]
 
@@ -62,69 +60,6 @@ def with_vision(recipe: list[Spec], scheme: str) -> list[Spec]:
     return [*recipe[:at], ("quantize_linear", options), *recipe[at:], *extra]
 
 
-def hf_config(shape: ModelShape) -> Any:
-    """The transformers configuration of a shape."""
-    from transformers import LlavaConfig, Qwen2_5_VLConfig
-
-    language, vision = shape.language, shape.vision
-    text = {
-        "vocab_size": language.vocab,
-        "hidden_size": language.hidden,
-        "intermediate_size": language.inter,
-        "num_hidden_layers": language.layers,
-        "num_attention_heads": language.heads,
-        "num_key_value_heads": language.kv_heads,
-        "head_dim": language.head_dim,
-        "rms_norm_eps": language.norm_eps,
-        "max_position_embeddings": 131072,
-        "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
-        "tie_word_embeddings": False,
-    }
-    if vision.kind == "qwen2_5_vl":
-        text["rope_parameters"] |= {"mrope_section": list(language.mrope_section or ())}
-        return Qwen2_5_VLConfig(
-            text_config=text,
-            vision_config={
-                "depth": vision.layers,
-                "hidden_size": vision.hidden,
-                "intermediate_size": vision.inter,
-                "num_heads": vision.heads,
-                "out_hidden_size": vision.out,
-                "fullatt_block_indexes": list(vision.full_attention),
-                "window_size": vision.window * 14,
-                "patch_size": 14,
-                "spatial_merge_size": vision.merge,
-            },
-            image_token_id=IMAGE,
-            video_token_id=IMAGE + 1,
-            vision_start_token_id=START,
-            vision_end_token_id=END,
-        )
-    return LlavaConfig(
-        text_config={"model_type": "llama", **text},
-        vision_config={
-            "model_type": "clip_vision_model",
-            "hidden_size": vision.hidden,
-            "intermediate_size": vision.inter,
-            "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.heads,
-            "image_size": 336,
-            "patch_size": 14,
-        },
-        image_token_id=IMAGE,
-    )
-
-
-def build(shape: ModelShape, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> Any:
-    """transformers' model of a shape with random weights."""
-    from transformers import AutoModelForImageTextToText
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(hf_config(shape), dtype=dtype)
-    return model.eval().requires_grad_(False)
-
-
 @dataclass
 class Side:
     """A compiled model and what compiling it took."""
@@ -138,7 +73,8 @@ class Side:
 
 def compile_side(name: str, shape: ModelShape, recipe: list[Spec], device: str = "cuda") -> Side:
     """Trace and rewrite a random model of a shape; the model itself is freed."""
-    model = build(shape, device)
+    torch.manual_seed(0)
+    model = build(shape, torch.device(device))
     checkpoint = sum(p.numel() * p.element_size() for p in model.parameters())
     on_gpu = device == "cuda"
     if on_gpu:
@@ -160,33 +96,6 @@ def compile_side(name: str, shape: ModelShape, recipe: list[Spec], device: str =
     if on_gpu:
         torch.cuda.empty_cache()
     return Side(name, compiled, seconds, peak, checkpoint)
-
-
-def prompt(shape: ModelShape, setting: Setting, device: str = "cuda") -> dict[str, torch.Tensor]:
-    """Processor outputs for a setting: every picture between its markers, then the text."""
-    generator = torch.Generator(device).manual_seed(1)
-    text = torch.Generator().manual_seed(2)
-    qwen = shape.vision.kind == "qwen2_5_vl"
-    head, tail = ([START], [END]) if qwen else ([], [START])
-    row: list[int] = []
-    for height, width in setting.pictures:
-        row += [*head, *[IMAGE] * (height * width // setting.merge**2), *tail]
-    rows = []
-    for _ in range(setting.batch):
-        words = torch.randint(100, TEXT_IDS, (setting.text_tokens,), generator=text).tolist()
-        rows.append([*row, *words])
-    count = len(setting.pictures) * setting.batch
-    out: dict[str, torch.Tensor] = {"input_ids": torch.tensor(rows)}
-    if qwen:
-        size = (setting.patches * setting.batch, shape.vision.patch_dim)
-        grid = [[1, h, w] for h, w in setting.pictures] * setting.batch
-        out["image_grid_thw"] = torch.tensor(grid)
-    else:
-        size = (count, 3, 336, 336)
-    out["pixel_values"] = torch.randn(
-        size, generator=generator, device=device, dtype=torch.bfloat16
-    )
-    return out
 
 
 def _generate(model: CompiledModel, inputs: dict[str, Any], new: int) -> torch.Tensor:
@@ -246,7 +155,7 @@ def run(
 ) -> Measured:
     """Time one setting; every run is a new conversation (its cache and graph are made in it)."""
     model, engine = side.model, side.model.engine
-    inputs = prompt(shape, setting)
+    inputs = prompt(shape, setting, torch.device("cuda"))
     _generate(model, inputs, 4)  # loads kernels
     torch.cuda.synchronize()
     gc.collect()

@@ -90,7 +90,7 @@ def prompt(shape: ModelShape, setting: Setting, device: torch.device) -> dict[st
     first.
     """
     batch, vision = setting.batch, shape.vision
-    low, high = 10, shape.language.vocab
+    low, high = 10, min(30_000, shape.language.vocab)  # placeholders and markers lie above
     text = torch.randint(low, high, (setting.text_tokens,)).tolist()
     ids = text[:16]
     for height, width in setting.pictures:
