@@ -23,7 +23,7 @@ from sparsevila_compile.pass_base import (
     register,
     tensor_of,
 )
-from sparsevila_compile.passes.structure import Unlike, erase_unused, need
+from sparsevila_compile.passes.structure import Readers, Unlike, erase_unused, need, readers_of
 from sparsevila_compile.program import Program
 
 aten = torch.ops.aten
@@ -34,7 +34,7 @@ class ConvToLinearConfig(PassConfig):
     """Options of ``conv_to_linear`` (none of its own)."""
 
 
-def _check(node: fx.Node, program: Program) -> None:
+def _check(node: fx.Node, readers: Readers) -> None:
     """Raise Unlike where a convolution is more than one product for each picture or patch."""
     arguments = [*node.args, *[None] * (7 - len(node.args))]
     _, weight, bias, _, padding, dilation, groups = arguments
@@ -46,15 +46,8 @@ def _check(node: fx.Node, program: Program) -> None:
     inside = list(tensor_of(node.args[0]).shape[1:])  # type: ignore[arg-type]
     # Symbolic sizes compare as text: comparing them as numbers would fix them.
     need([str(s) for s in inside] == [str(s) for s in kernel], "its kernel moves over its input")
-    name = str(weight.target)  # type: ignore[union-attr]
-    readers = [
-        user
-        for c in program.components.values()
-        for n in c.graph.nodes
-        if n.op == "get_attr" and n.target == name
-        for user in n.users
-    ]
-    need(readers == [node], "its weight is used elsewhere too")
+    users = readers[str(weight.target)].values()  # type: ignore[union-attr]
+    need(list(users) == [[node]], "its weight is used elsewhere too")
 
 
 @register
@@ -67,11 +60,12 @@ class ConvToLinear(Pass[ConvToLinearConfig]):
     config_type = ConvToLinearConfig
 
     def match(self, program: Program) -> Iterator[Match | Miss]:
+        readers = readers_of(program)
         for component in program.components.values():
             for target in CONVOLUTIONS:
                 for node in calls(program, component.name, target):
                     try:
-                        _check(node, program)
+                        _check(node, readers)
                     except Unlike as reason:
                         yield Miss(component.name, str(reason), module_path(node), node.name)
                     else:

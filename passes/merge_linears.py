@@ -25,7 +25,15 @@ from sparsevila_compile.pass_base import (
     tensor_of,
 )
 from sparsevila_compile.passes.scale_folding import BIAS_AT, bias_of, weight_of
-from sparsevila_compile.passes.structure import Unlike, erase_unused, need, positions, refresh_views
+from sparsevila_compile.passes.structure import (
+    Readers,
+    Unlike,
+    erase_unused,
+    need,
+    positions,
+    readers_of,
+    refresh_views,
+)
 from sparsevila_compile.program import Component, Program
 
 aten = torch.ops.aten
@@ -33,10 +41,6 @@ aten = torch.ops.aten
 
 class MergeLinearsConfig(PassConfig):
     """Options of ``merge_linears`` (none of its own)."""
-
-
-Readers = dict[str, dict[str, list[fx.Node]]]
-"""By weight and component, the nodes that read it."""
 
 
 def _parts(node: fx.Node) -> list[fx.Node]:
@@ -73,7 +77,7 @@ class MergeLinears(Pass[MergeLinearsConfig]):
     config_type = MergeLinearsConfig
 
     def match(self, program: Program) -> Iterator[Match | Miss]:
-        readers, tied, done = _readers(program), _tied(program), set[str]()
+        readers, tied, done = readers_of(program), _tied(program), set[str]()
         for component in program.components.values():
             for nodes in _linears(component).values():
                 if len(nodes) < 2 or any(weight_of(n) in done for n in nodes):
@@ -145,17 +149,6 @@ class MergeLinears(Pass[MergeLinearsConfig]):
         for found in self.match(program):
             if isinstance(found, Match):
                 raise GraphError(f"merge_linears left {found.where} behind")
-
-
-def _readers(program: Program) -> Readers:
-    """What reads each weight."""
-    found: Readers = {}
-    for component in program.components.values():
-        for node in component.graph.nodes:
-            if node.op == "get_attr":
-                users = found.setdefault(str(node.target), {}).setdefault(component.name, [])
-                users.extend(node.users)
-    return found
 
 
 def _check(node: fx.Node, readers: Readers, tied: set[str]) -> None:

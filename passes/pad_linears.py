@@ -25,7 +25,7 @@ from sparsevila_compile.pass_base import (
     register,
     tensor_of,
 )
-from sparsevila_compile.passes.structure import Unlike, erase_unused, need
+from sparsevila_compile.passes.structure import Readers, Unlike, erase_unused, need, readers_of
 from sparsevila_compile.program import Program
 
 aten = torch.ops.aten
@@ -51,7 +51,7 @@ class Inner:
     between: tuple[fx.Node, ...]
 
 
-def inner_of(down: fx.Node, program: Program) -> Inner:
+def inner_of(down: fx.Node, readers: Readers) -> Inner:
     """The inner part of an MLP, in graph order.
 
     Raises:
@@ -82,13 +82,11 @@ def inner_of(down: fx.Node, program: Program) -> Inner:
     for node in (down, *linears):
         stored = [a for a in node.args[1:3] if a is not None]
         for part in stored:
-            need(
-                isinstance(part, fx.Node) and part.op == "get_attr" and len(part.users) == 1,
-                "a weight is computed or shared",
-            )
-            name = str(part.target)  # type: ignore[union-attr]
-            holders = [c for c in program.components.values() if name in c.weight_names()]
-            need(len(holders) == 1, "a weight is shared with another component")
+            if not isinstance(part, fx.Node) or part.op != "get_attr":
+                raise Unlike("a weight is computed or shared")
+            users = list(readers[str(part.target)].values())
+            need(all(len(u) == 1 for u in users), "a weight is computed or shared")
+            need(len(users) == 1, "a weight is shared with another component")
     order = {n: i for i, n in enumerate(down.graph.nodes)}
     return Inner(
         tuple(sorted(linears, key=order.__getitem__)), tuple(sorted(between, key=order.__getitem__))
@@ -105,13 +103,14 @@ class PadLinears(Pass[PadLinearsConfig]):
     config_type = PadLinearsConfig
 
     def match(self, program: Program) -> Iterator[Match | Miss]:
+        readers = readers_of(program)
         for component in program.components.values():
             for node in calls(program, component.name, LINEAR):
                 width = int(tensor_of(node.args[1]).shape[1])  # type: ignore[arg-type]
                 if width % self.config.multiple == 0:
                     continue
                 try:
-                    yield Match(component.name, node, inner_of(node, program))
+                    yield Match(component.name, node, inner_of(node, readers))
                 except Unlike as reason:
                     yield Miss(component.name, str(reason), module_path(node), node.name)
 

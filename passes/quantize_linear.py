@@ -233,7 +233,6 @@ class QuantizeLinear(Pass[QuantizeLinearConfig]):
         self._scheme = self.config.storage()
         if context.dry or not matches:
             return
-        self._rounding: list[Group] = []
         if self.config.how == "rtn":
             for match in matches:  # before anything is rewritten
                 self._check(program, _name(match.node))
@@ -257,9 +256,8 @@ class QuantizeLinear(Pass[QuantizeLinearConfig]):
     def _rounded(self, program: Program, name: str, context: Context) -> Parts:
         """A weight rounded to nearest, some rows at a time: they are float32 for a while."""
         group = self._group_of[name]
-        if group not in self._rounding:
-            self._rounding.append(group)
-            context.progress("rounding", len(self._rounding), len(self._groups))
+        if name == group.names[0]:
+            context.progress("rounding", self._groups.index(group) + 1, len(self._groups))
         weight = program.weights[name]
         rows = max(1, _ROUNDED_AT_ONCE // max(1, weight.shape[1]))
         try:

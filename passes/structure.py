@@ -12,6 +12,7 @@ from torch import fx
 
 from sparsevila_compile.graph_edit import Editor
 from sparsevila_compile.pass_base import tensor_of
+from sparsevila_compile.program import Program
 
 aten = torch.ops.aten
 
@@ -80,6 +81,21 @@ def alike(a: fx.Node, b: fx.Node) -> bool:
     x, y = tensor_of(a), tensor_of(b)
     # Texts of symbolic sizes: comparing the sizes themselves would fix them.
     return x.dtype == y.dtype and [str(s) for s in x.shape] == [str(s) for s in y.shape]
+
+
+Readers = dict[str, dict[str, list[fx.Node]]]
+"""By weight and component, the nodes that read it."""
+
+
+def readers_of(program: Program) -> Readers:
+    """What reads each weight."""
+    found: Readers = {}
+    for component in program.components.values():
+        for node in component.graph.nodes:
+            if node.op == "get_attr":
+                users = found.setdefault(str(node.target), {}).setdefault(component.name, [])
+                users.extend(node.users)
+    return found
 
 
 def positions(graph: fx.Graph) -> dict[fx.Node, int]:

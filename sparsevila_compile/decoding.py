@@ -52,7 +52,7 @@ class Decoder:
         self._index: dict[str, torch.Tensor] = {}
         self._sparse = False
         self._graphs: dict[tuple[bool, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._held: tuple[Any, ...] = ()
+        self._place: list[tuple[int, torch.Size]] = []
         self._flags: list[tuple[torch.Tensor, Any]] = []
 
     # ------------------------------------------------------------------- turns
@@ -82,10 +82,11 @@ class Decoder:
             self._tail.copy_(retrieved.tail_start)
             for name, found in retrieved.index.items():
                 self._fill_index(name, found)
-        held = (self.cache.tensors, *self.cache.tensors.values())
-        if [id(t) for t in held] != [id(t) for t in self._held]:
+        # Places, not tensors: to hold on to those would keep a cache that has grown in memory twice.
+        place = [(t.data_ptr(), t.shape) for t in self.cache.tensors.values()]
+        if place != self._place:
             self._graphs.clear()  # they write to where the cache was
-            self._held = held
+            self._place = place
 
     def _fill_index(self, name: str, found: torch.Tensor) -> None:
         width = found.shape[2]

@@ -32,7 +32,7 @@ _KEPT_GRIDS = 8
 
 MIN_SPARED_BYTES = 8_000_000
 """Keys and values of one layer that retrieval must spare a decode step to be faster than reading
-them all, on the H200 (benchmarks/kernels/decode_attention.py): some 2 microseconds' worth."""
+them all. An estimate for an H200, some 2 microseconds of reading; the crossing is not measured yet."""
 
 
 class KVCache:
