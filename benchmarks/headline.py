@@ -141,6 +141,7 @@ def main() -> None:
             _free()
             print(f"{name} {setting}: {time.perf_counter() - start:.0f} s so far", flush=True)
             save()
+        del run  # it holds the side, which the next one's memory figures must not count
     print(table(results))
     for one in failed:
         print(f"not measured: ({one['side']}) {one['setting']}: {one['why'][:200]}")

@@ -9,6 +9,10 @@ from ..triton_support import needs_cuda
 from .reference import check_args, rescaled
 from .rounding import ALIGNMENT, quantize_rows
 from .triton import float8_missing, round_rows
+from .triton import w8a8_linear as triton_linear
+
+MIN_ROWS = 64
+"""Rows below which cuBLAS has no float8 product for some widths with a bias (18,944 is one)."""
 
 
 def cpu_only(device: torch.device) -> Reason:
@@ -63,7 +67,7 @@ def float8_linear(
 ) -> torch.Tensor:
     """As the reference: tokens are rounded by a Triton kernel, the product is cuBLAS's.
 
-    Sums have the matrix units' precision, as in :func:`.triton.w8a8_linear`.
+    Below :data:`MIN_ROWS` rows the product is Triton's, too. Sums have the matrix units' precision, as in :func:`.triton.w8a8_linear`.
 
     Raises:
         ValueError: the arguments do not fit one another.
@@ -72,6 +76,8 @@ def float8_linear(
     flat = x.flatten(0, -2)
     if not len(flat):
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    if len(flat) < MIN_ROWS:
+        return triton_linear(x, weight, scales, bias)
     codes, token_scales = round_rows(flat, weight.dtype)
     out: torch.Tensor = torch.ops.aten._scaled_mm.default(
         codes,

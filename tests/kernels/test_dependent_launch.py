@@ -32,14 +32,17 @@ def test_from_hopper_on(
     assert options == ({"EARLY": True, "launch_pdl": True} if early else {"EARLY": False})
 
 
-def _chain(x: torch.Tensor, layers: int) -> torch.Tensor:
-    """Kernels that each need the one before, matrix products of another library between them."""
+def _constants(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     g = torch.Generator(device=x.device).manual_seed(1)
     width = x.shape[-1]
     weight = torch.randn(width, width, device=x.device, generator=g).to(x.dtype) / width**0.5
-    ones = torch.ones(width, device=x.device, dtype=x.dtype)
     angles = torch.randn(*x.shape[:2], 128, device=x.device, generator=g)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return weight, torch.ones_like(weight[0]), angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def _chain(x: torch.Tensor, constants: tuple[torch.Tensor, ...], layers: int) -> torch.Tensor:
+    """Kernels that each need the one before, matrix products of another library between them."""
+    weight, ones, cos, sin = constants
     h = x
     for _ in range(layers):
         x, h = add_rms_norm.add_rms_norm_triton(x, h, ones, 1e-6)
@@ -56,18 +59,19 @@ def test_early_starts_change_nothing(rows: int, monkeypatch: pytest.MonkeyPatch)
     if not launch_options(CUDA)["EARLY"]:
         pytest.skip("this GPU has no programmatic dependent launch")
     x = torch.randn(rows, 1, 3584, device=CUDA, dtype=torch.bfloat16)
-    early = _chain(x, 8)
+    constants = _constants(x)
+    early = _chain(x, constants, 8)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        replayed = _chain(x, 8)
+        replayed = _chain(x, constants, 8)
 
     def in_turn(device: torch.device) -> dict[str, Any]:
         return {"EARLY": False}
 
     for module in (add_rms_norm, rotary, silu_mul):
         monkeypatch.setattr(module, "launch_options", in_turn)
-    wanted = _chain(x, 8)
+    wanted = _chain(x, constants, 8)
     assert wanted.float().norm() > 0
     assert torch.equal(early, wanted)
     for _ in range(100):
