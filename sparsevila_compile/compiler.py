@@ -17,6 +17,7 @@ import torch
 from sparsevila_compile import artifact, hf
 from sparsevila_compile.errors import UserError
 from sparsevila_compile.manager import run_passes, steps_for
+from sparsevila_compile.manifest import check_target
 from sparsevila_compile.pass_base import Context
 from sparsevila_compile.program import Program
 from sparsevila_compile.recipe import Recipe
@@ -136,7 +137,7 @@ def check_output(recipe: Recipe, output: str | Path | None, overwrite: bool) -> 
         ):
             if needed.exists() and needed.resolve().is_relative_to(target):
                 raise UserError(f"{target}: holds the {what}; choose another path")
-        return artifact.check_target(target, overwrite)
+        return check_target(target, overwrite)
     except UserError as error:
         raise _misplaced(recipe, output, error) from error
 

@@ -2,8 +2,8 @@
 
 A step reads and advances buffers that stay where they are (last token, position, cache length,
 which rows go on), so a captured graph serves every later token of any length; it is captured again
-only where a buffer moves (the cache grew, retrieval became wider). On the CPU the same function
-simply runs.
+only where a buffer moves (the cache grew, retrieval became wider). On the CPU, and where another
+runtime runs the graphs, the same function simply runs.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Decoder:
         next step overwrites the logits.
         """
         call = self._greedy if greedy else self._forward
-        if self.engine.device.type != "cuda":
+        if self.engine.device.type != "cuda" or not self.engine.runner.capturable:
             return call()
         key = (greedy, self._sparse)
         if key not in self._graphs:

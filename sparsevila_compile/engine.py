@@ -18,6 +18,7 @@ from sparsevila_compile.errors import UserError
 from sparsevila_compile.families import Family
 from sparsevila_compile.program import Program
 from sparsevila_compile.prompt import Picture
+from sparsevila_compile.running import GraphRunner, Runner
 
 PREFILL_CHUNK = 5120
 """Tokens that prefill feeds at a time, all rows together: what bounds its activations' memory."""
@@ -114,24 +115,23 @@ class Retrieved:
 
 
 class Engine:
-    """Executes one program; several conversations may share it."""
+    """Executes one program; several conversations may share it.
 
-    def __init__(self, program: Program, family: Family) -> None:
+    Args:
+        runner: runs the program's components; by default torch does, from the program itself.
+    """
+
+    def __init__(self, program: Program, family: Family, runner: Runner | None = None) -> None:
         self.program = program
         self.family = family
         self.device = program.device
-        self.modules = {n: c.module(program.weights) for n, c in program.components.items()}
-        self._inputs = {n: c.inputs for n, c in program.components.items()}
-        self._outputs = {n: c.outputs for n, c in program.components.items()}
+        self.runner = runner or GraphRunner(program)
         self._grids: dict[Any, dict[str, torch.Tensor]] = {}
         self.axes = 3 if family.rope == "mrope" else 1
 
     def run(self, component: str, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Run one graph; ``inputs`` by name (more than it takes is fine)."""
-        picked = [inputs[name] for name in self._inputs[component]]
-        with torch.inference_mode():
-            results = self.modules[component](*picked)
-        return dict(zip(self._outputs[component], results, strict=True))
+        return self.runner.run(component, inputs)
 
     # ------------------------------------------------------------------ vision
 
@@ -320,7 +320,7 @@ class Engine:
         # Chunks of one size: the largest decides how much memory activations take.
         chunk = -(-max(counts) // -(-max(counts) // chunk))
         score_columns = _pad_rows(columns, -1).to(device=self.device, dtype=torch.int32)
-        sparse = score and "turn" in self.modules and score_columns.shape[1] > 0
+        sparse = score and "turn" in self.runner.components and score_columns.shape[1] > 0
         logits: list[torch.Tensor] = [torch.empty(0)] * len(feeds)
         scores: dict[str, torch.Tensor] = {}
         for start in range(0, max(counts), chunk):

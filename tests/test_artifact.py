@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 
 import sparsevila_compile
-from sparsevila_compile import artifact, staging
+from sparsevila_compile import artifact, manifest, staging
 from sparsevila_compile.errors import UserError
 from sparsevila_compile.model import CompiledModel, load
 from sparsevila_compile.program import Program
@@ -236,8 +236,8 @@ def _resigned(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         facts = data["files"][name]
         if isinstance(facts, dict) and (path / name).is_file():
             facts["bytes"] = (path / name).stat().st_size
-            facts["sha256"] = artifact._sha256(path / name)
-    data["sha256"] = artifact._own_sha256(data)
+            facts["sha256"] = manifest.file_sha256(path / name)
+    data["sha256"] = manifest.own_sha256(data)
     file.write_text(json.dumps(data))
 
 
