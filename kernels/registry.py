@@ -83,13 +83,20 @@ class Op:
         """The ``OpOverload`` that graphs hold."""
         return getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
-    def _dispatch(self, *args: Any, impl: str = REFERENCE, **kwargs: Any) -> Any:
-        function = self._functions.get(impl)
-        if function is None:
+    def function(self, impl: str) -> Callable[..., Any]:
+        """The Python function of an implementation, for callers that need no dispatcher.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if impl not in self._functions:
             raise ValueError(
                 f"{self.name} has no implementation {impl!r}; it has {sorted(self._functions)}"
             )
-        return function(*args, **kwargs)
+        return self._functions[impl]
+
+    def _dispatch(self, *args: Any, impl: str = REFERENCE, **kwargs: Any) -> Any:
+        return self.function(impl)(*args, **kwargs)
 
     @staticmethod
     def _with_impl(fake: Callable[..., Any]) -> Callable[..., Any]:

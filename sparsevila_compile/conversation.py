@@ -261,7 +261,10 @@ class Conversation:
         query_start: list[int] | None,
     ) -> tuple[list[Feed], torch.Tensor]:
         """Encode new pictures and lay out each row's new tokens; the rows count as held then."""
-        tokens, kept = self.engine.encode(fresh)
+        tokens, wait = self.engine.encode(fresh)
+        for row in rows:  # while a GPU encodes
+            row.settle()
+        kept = wait()
         feeds, offset = [], 0
         for b, (held, row, n) in enumerate(zip(self.rows, rows, common, strict=True)):
             start = query_start[b] if query_start else None

@@ -18,26 +18,53 @@ _FOLD = 4096
 """Words that one sum takes in."""
 
 
-def digests(parts: list[torch.Tensor], notes: list[str]) -> list[bytes]:
-    """16 bytes or more for each picture; ``notes`` (shape, grid, …) are part of its identity.
+class Digest:
+    """Tells a picture's pixels from all others'; equal digests mean equal pixels, shape and note.
 
-    Waits for a GPU once, however many pictures lie there.
+    Nothing is computed before :meth:`take` or the first comparison, and a GPU is waited for in
+    comparisons only.
+
+    Args:
+        pixels: the picture; must not change before :meth:`take`.
+        note: what else is part of its identity (grid, frame rate, …).
     """
-    sums = [None if p.device.type == "cpu" else _sums(p) for p in parts]
-    there = [s for s in sums if s is not None]
-    fetched = iter(torch.stack(there).tolist() if there else [])
-    result = []
-    for part, note, keyed in zip(parts, notes, sums, strict=True):
-        digest = hashlib.blake2b(
-            f"{tuple(part.shape)} {part.dtype} {note}".encode(), digest_size=16
-        )
-        if keyed is None:
-            octets: Any = part.detach().contiguous().view(torch.uint8).numpy()
-            digest.update(octets)
+
+    def __init__(self, pixels: torch.Tensor, note: str = "") -> None:
+        self._pixels: torch.Tensor | None = pixels
+        self._note = note
+        self._sums: torch.Tensor | None = None
+        self._value: bytes | None = None
+
+    def add(self, note: str) -> None:
+        """Make something else part of the identity; before :meth:`take` only."""
+        assert self._pixels is not None
+        self._note += note
+
+    def take(self) -> None:
+        """Read the pixels (on a GPU: start reading them) and forget them."""
+        pixels, self._pixels = self._pixels, None
+        if pixels is None:
+            return
+        described = f"{tuple(pixels.shape)} {pixels.dtype} {self._note}".encode()
+        sha = hashlib.blake2b(described, digest_size=16)
+        if pixels.device.type == "cpu":
+            octets: Any = pixels.detach().contiguous().view(torch.uint8).numpy()
+            sha.update(octets)
         else:
-            digest.update(repr(next(fetched)).encode())
-        result.append(digest.digest())
-    return result
+            self._sums = _sums(pixels)
+        self._value = sha.digest()
+
+    def value(self) -> bytes:
+        """16 bytes or more."""
+        self.take()
+        assert self._value is not None
+        if self._sums is not None:
+            self._value += repr(self._sums.tolist()).encode()
+            self._sums = None
+        return self._value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Digest) and self.value() == other.value()
 
 
 @functools.cache

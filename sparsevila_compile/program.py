@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from sparsevila_compile.errors import GraphError
+from sparsevila_compile.kernels.registry import OPS
 
 Stage = Literal["trace", "canonicalize", "prune", "cache", "sparsify", "quantize", "fuse", "lower"]
 STAGES: tuple[Stage, ...] = (
@@ -125,9 +126,19 @@ class Component:
         """A copy of the graph (metadata values shared, weights by name)."""
         return Component(name or self.name, copy.deepcopy(self.graph), self.outputs)
 
-    def module(self, weights: dict[str, torch.Tensor]) -> fx.GraphModule:
-        """A callable that returns a tuple of the outputs; inputs go by position or by name."""
+    def module(self, weights: dict[str, torch.Tensor], *, direct: bool = False) -> fx.GraphModule:
+        """A callable that returns a tuple of the outputs; inputs go by position or by name.
+
+        Args:
+            direct: call the implementations that canonical ops are bound to as plain functions, past
+                torch's dispatcher: less time on the host, and nothing for autograd or modes to see.
+        """
         graph = copy.deepcopy(self.graph)
+        for node in graph.nodes if direct else ():
+            if "impl" in node.kwargs:
+                rest = dict(node.kwargs)
+                node.target = OPS[node.target._opname].function(rest.pop("impl"))
+                node.kwargs = rest
         root = torch.nn.Module()
         flat: dict[str, str] = {}
         for node in graph.nodes:

@@ -6,14 +6,16 @@ on the full prompt, and lays out pruning budgets. Nothing here knows caches.
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sparsevila_compile import hf
-from sparsevila_compile.digest import digests
+from sparsevila_compile.digest import Digest
 from sparsevila_compile.errors import UserError
 from sparsevila_compile.families import Family, Modality
 from sparsevila_compile.program import Program
@@ -39,7 +41,7 @@ class Picture:
     frames: int
     pixels: torch.Tensor
     grid: tuple[int, int, int] | None
-    digest: bytes
+    digest: Digest
 
 
 @dataclass
@@ -48,15 +50,37 @@ class Row:
 
     Attributes:
         ids: ``[n]``.
-        positions: ``[axes, n]``, before pruning.
-        next: position of the text token that would follow. Not always one past the largest: the
-            time axis of a long video runs ahead of the text behind it.
+        place: computes the positions of the prompt and of one text token more, ``[axes, n + 1]``;
+            called when they are first needed, so that a GPU can encode pictures meanwhile.
     """
 
     ids: torch.Tensor
-    positions: torch.Tensor
     pictures: list[Picture]
-    next: int
+    place: Callable[[], torch.Tensor]
+
+    @functools.cached_property
+    def _placed(self) -> torch.Tensor:
+        return self.place()
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """``[axes, n]``, before pruning."""
+        return self._placed[:, :-1]
+
+    @property
+    def next(self) -> int:
+        """Position of the text token that would follow.
+
+        Not always one past the largest: the time axis of a long video runs ahead of the text
+        behind it.
+        """
+        return int(self._placed[0, -1])
+
+    def settle(self) -> None:
+        """Do what was put off: positions and digests."""
+        _ = self._placed
+        for picture in self.pictures:
+            picture.digest.take()
 
     def visual(self) -> torch.Tensor:
         """Which ids are placeholders: bool ``[n]``."""
@@ -115,8 +139,12 @@ class PromptReader:
                 count = sum(p.modality.name == "video" for p in pictures)
                 steps, seconds = seconds[:count], seconds[count:]
                 _time(pictures, steps)
-            positions = self._positions(ids, pictures, steps)
-            rows.append(Row(ids, positions[:, :-1], pictures, int(positions[0, -1])))
+            if self._rope is not None and self._touching(pictures):
+                raise UserError(
+                    "two pictures of one kind stand side by side without a token between them; this family separates them by vision_start and vision_end"
+                )
+            place = functools.partial(self._positions, ids, pictures, steps)
+            rows.append(Row(ids, pictures, place))
         for name, supply in supplies.items():
             if supply:
                 raise UserError(
@@ -143,10 +171,9 @@ class PromptReader:
                 part = pixels[start : start + size]
                 parts.append((part, grid, size // self.layout.merge_unit, grid[0]))
                 start += size
-        known = digests([p[0] for p in parts], [repr(p[1]) for p in parts])
         return [
-            Picture(modality, -1, tokens, frames, part, shape, digest)
-            for (part, shape, tokens, frames), digest in zip(parts, known, strict=True)
+            Picture(modality, -1, tokens, frames, part, shape, Digest(part, repr(shape)))
+            for part, shape, tokens, frames in parts
         ]
 
     def _pictures(self, ids: torch.Tensor, supplies: dict[str, list[Picture]]) -> list[Picture]:
@@ -165,7 +192,7 @@ class PromptReader:
                 )
             picture = supply.pop(0)
             run = listed[i : i + picture.tokens]
-            if len(run) < picture.tokens or any(t != listed[i] for t in run):
+            if run.count(listed[i]) < picture.tokens:
                 have = next((k for k, t in enumerate(run) if t != listed[i]), len(run))
                 raise UserError(
                     f"{modality.name} needs {picture.tokens} placeholders, the prompt has {have} at "
@@ -191,10 +218,6 @@ class PromptReader:
         for p in pictures:
             types[0, p.start : p.start + p.tokens] = kinds[p.modality.name]
             grids[p.modality.name].append(p.grid)
-        if self._touching(pictures):
-            raise UserError(
-                "two pictures of one kind stand side by side without a token between them; this family separates them by vision_start and vision_end"
-            )
         image, video = (torch.tensor(grids[k]) if grids[k] else None for k in ("image", "video"))
         longer = torch.cat([ids, ids.new_zeros(1)])
         steps = None if seconds is None else torch.tensor(seconds)
@@ -212,7 +235,7 @@ def _time(pictures: list[Picture], seconds: list[float]) -> None:
     """A video played at another speed is another video: its positions differ."""
     videos = [p for p in pictures if p.modality.name == "video"]
     for video, step in zip(videos, seconds, strict=True):
-        video.digest += repr(step).encode()
+        video.digest.add(repr(step))
 
 
 def compact_positions(

@@ -37,7 +37,7 @@ class GraphRunner:
     def __init__(self, program: Program) -> None:
         components = program.components
         self.components = frozenset(components)
-        self._modules = {n: c.module(program.weights) for n, c in components.items()}
+        self._modules = {n: c.module(program.weights, direct=True) for n, c in components.items()}
         self._inputs = {n: c.inputs for n, c in components.items()}
         self._outputs = {n: c.outputs for n, c in components.items()}
 

@@ -11,7 +11,7 @@ from sparsevila_compile import digest
 @pytest.fixture(params=["hash", "sums"])
 def identify(request: pytest.FixtureRequest) -> object:
     if request.param == "hash":
-        return lambda x: digest.digests([x], [""])[0]
+        return lambda x: digest.Digest(x).value()
     return lambda x: tuple(digest._sums(x).tolist())
 
 
@@ -36,10 +36,23 @@ def test_any_change_is_noticed(identify: object, dtype: torch.dtype, count: int)
 
 def test_shape_grid_and_dtype_count() -> None:
     pixels = torch.zeros(4, 6)
-    known = digest.digests([pixels] * 2, ["(1, 2, 2)", "(1, 4, 1)"])
-    assert known[0] != known[1]
-    assert digest.digests([pixels.view(6, 4)], ["(1, 2, 2)"])[0] != known[0]
-    assert digest.digests([pixels.half()], ["(1, 2, 2)"])[0] != known[0]
+    known = digest.Digest(pixels, "(1, 2, 2)")
+    assert known == digest.Digest(pixels.clone(), "(1, 2, 2)")
+    assert known != digest.Digest(pixels, "(1, 4, 1)")
+    assert known != digest.Digest(pixels.view(6, 4), "(1, 2, 2)")
+    assert known != digest.Digest(pixels.half(), "(1, 2, 2)")
+    paced = digest.Digest(pixels, "(1, 2, 2)")
+    paced.add("0.5")
+    assert paced != known
+
+
+def test_taken_pixels_may_change() -> None:
+    pixels = torch.zeros(4, 6)
+    before = digest.Digest(pixels)
+    before.take()
+    pixels += 1
+    assert before == digest.Digest(torch.zeros(4, 6))
+    assert before != digest.Digest(pixels)
 
 
 @pytest.mark.gpu
@@ -48,6 +61,12 @@ def test_on_a_gpu() -> None:
     pixels = torch.randn(1024, 1176, device="cuda")
     other = pixels.clone()
     other[500, 3] += 1
-    first, second, third = digest.digests([pixels, other, pixels.clone()], [""] * 3)
+    first, second, third = (digest.Digest(p) for p in (pixels, other, pixels.clone()))
+    digest._keys(pixels.device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        first.take()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert first == third
     assert first != second

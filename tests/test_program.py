@@ -15,7 +15,7 @@ from sparsevila_compile.errors import GraphError
 from sparsevila_compile.graph_edit import Editor, value
 from sparsevila_compile.graph_json import component_from_json, component_to_json
 from sparsevila_compile.manager import fingerprint
-from sparsevila_compile.ops import ATTENTION, CACHED_ATTENTION
+from sparsevila_compile.ops import ATTENTION, CACHED_ATTENTION, SILU_MUL
 from sparsevila_compile.program import Component, Program
 from sparsevila_compile.trace import trace_function
 from sparsevila_compile.verify import verify
@@ -120,6 +120,28 @@ def test_a_fresh_size_is_no_other_size() -> None:
         edit.input("w", [3], torch.int64)
     with pytest.raises(GraphError, match="an output z already"):
         edit.output("z", component.results()[0])
+
+
+def test_a_direct_module_calls_what_the_graph_is_bound_to() -> None:
+    component = small()
+    x = component.input("x")
+    edit = Editor(component)
+    out = component.output_node()
+    for impl in ("reference", "nothing"):
+        new = edit.call(SILU_MUL, x, component.results()[0], before=out)
+        new.kwargs = {"impl": impl}
+        if impl == "nothing":
+            with pytest.raises(ValueError, match="silu_mul has no implementation 'nothing'"):
+                component.module({}, direct=True)
+            component.graph.erase_node(new)
+        else:
+            edit.output("gated", new)
+    x, y = torch.randn(2, 4), torch.randn(2, 4)
+    plain, direct = component.module({}), component.module({}, direct=True)
+    assert not any("impl" in n.kwargs for n in direct.graph.nodes)
+    assert any("impl" in n.kwargs for n in plain.graph.nodes)
+    assert torch.equal(plain(x, y)[1], direct(x, y)[1])
+    assert plain(x, y)[1].abs().sum() > 0
 
 
 def test_a_module_takes_inputs_in_order_or_by_name() -> None:
