@@ -34,6 +34,12 @@ def canonical_op(node: fx.Node) -> Op | None:
     return OPS[target._opname] if target.namespace == NAMESPACE else None
 
 
+def require_cache(program: Program) -> None:
+    """Raise UserError where the program has no KV cache: it could not answer."""
+    if not program.caches:
+        raise UserError("the language model has no KV cache to answer with; list insert_kv_cache")
+
+
 @register
 class LowerOps(Pass[LowerOpsConfig]):
     """Every node of the namespace ``sparsevila`` gets its ``impl`` argument."""
@@ -44,10 +50,7 @@ class LowerOps(Pass[LowerOpsConfig]):
     config_type = LowerOpsConfig
 
     def requires(self, program: Program) -> None:
-        if not program.caches:
-            raise UserError(
-                "the language model has no KV cache to answer with; list insert_kv_cache"
-            )
+        require_cache(program)
         for op, name in self.config.implementations.items():
             if op not in OPS:
                 raise UserError(

@@ -108,7 +108,9 @@ def _compile_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _run_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("artifact", metavar="ARTIFACT", help="directory that compiling made")
+    sub.add_argument(
+        "artifact", metavar="ARTIFACT", help="directory that compiling made (or an ONNX bundle)"
+    )
     sub.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated"
     )
@@ -121,6 +123,11 @@ def _run_arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--system", metavar="TEXT", help="system prompt")
     sub.add_argument("--device", type=_device, metavar="DEVICE", help="device to run on")
+    sub.add_argument(
+        "--provider",
+        metavar="PROVIDER",
+        help="of an ONNX bundle: ONNX Runtime's execution provider, cpu, cuda or cuda:N",
+    )
     sub.add_argument(
         "--max-new-tokens", type=_positive, default=256, metavar="N", help="answer length at most"
     )

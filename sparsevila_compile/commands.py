@@ -175,7 +175,7 @@ def run_command(options: argparse.Namespace) -> int:
     _quiet_libraries()
     pictures = [open_picture(name) for name in options.image]
     device = None if options.device == "auto" else options.device
-    model = sparsevila_compile.load(options.artifact, device=device)
+    model = sparsevila_compile.load(options.artifact, device=device, provider=options.provider)
     if options.seed is not None:
         import torch
 

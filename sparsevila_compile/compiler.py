@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -177,7 +178,8 @@ def compile_recipe(
     replace = recipe.emit.overwrite if overwrite is None else overwrite
     target = check_output(recipe, output, replace)
     passes = recipe.build()
-    watch.total(len(steps_for(passes)) + 4)
+    lowering = recipe.lowering()
+    watch.total(len(steps_for(passes, lowering)) + 4)
     model, processor = _load(recipe, where, clock)
     generation_config = getattr(model, "generation_config", None)
     with clock("trace") as said, recipe.blame("model", "path"):
@@ -193,6 +195,7 @@ def compile_recipe(
             context,
             on_start=clock.begin,
             on_report=lambda r: clock.done(counts_text(len(r.matches), r.miss_count)),
+            lowering=lowering,
         )
     before_write(program, processor)
     resolved = recipe.resolved()
@@ -200,13 +203,23 @@ def compile_recipe(
     resolved["emit"].update(path=str(target), overwrite=replace)
     with clock("write") as said:
         try:
-            path = artifact.save(
+            path = _save(recipe)(
                 program, processor, reports, resolved, target, replace, generation_config
             )
         except UserError as error:
             raise _misplaced(recipe, output, error) from error
         said.append(str(path))
     return Compiled(path, program, reports, time.perf_counter() - begun, size)
+
+
+def _save(recipe: Recipe) -> Callable[..., Path]:
+    """What writes the recipe's format."""
+    if recipe.emit.format == "module":
+        return artifact.save
+    from sparsevila_compile.onnx.bundle import save
+    from sparsevila_compile.onnx.lowering import export_options
+
+    return functools.partial(save, options=export_options(recipe.emit.dtype, recipe.emit.pure))
 
 
 def _load(recipe: Recipe, device: torch.device, clock: _Clock) -> tuple[Any, Any]:

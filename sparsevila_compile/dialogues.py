@@ -11,8 +11,9 @@ from PIL import Image
 from pydantic import ConfigDict, Field, ValidationError
 
 from sparsevila_compile.errors import UserError
-from sparsevila_compile.recipe import Dialogue, Recipe, RecipeError, Turn
+from sparsevila_compile.recipe import Recipe, RecipeError
 from sparsevila_compile.recipe_problems import problems_of
+from sparsevila_compile.recipe_sections import Dialogue, Turn
 from sparsevila_compile.session import open_picture
 from sparsevila_compile.yaml_position import dotted, printable
 

@@ -312,6 +312,12 @@ def show_plan(out: Console, steps: list[Planned]) -> None:
             out.print(f"   error  {step.error}", markup=False, soft_wrap=True, style="red")
 
 
+def _verdict(node: Looked) -> str:
+    if node.reason is not None:
+        return escape(f"miss: {node.reason}")
+    return escape(f"match: {node.becomes}") if node.becomes else "match"
+
+
 def show_nodes(out: Console, looked: list[Looked]) -> None:
     """One row a node that a pass looked at."""
     table = _whole_words(["component", "node", "module", "result", "match or miss"])
@@ -321,7 +327,7 @@ def show_nodes(out: Console, looked: list[Looked]) -> None:
             node.node,
             escape(node.where),
             escape(node.shape),
-            "match" if node.reason is None else escape(f"miss: {node.reason}"),
+            _verdict(node),
             style=None if node.reason is None else "yellow",
         )
     out.print(table)

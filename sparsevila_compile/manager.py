@@ -39,8 +39,11 @@ def fingerprint(program: Program) -> str:
     return digest.hexdigest()
 
 
-def steps_for(passes: Sequence[Pass[Any]]) -> list[Step]:
+def steps_for(passes: Sequence[Pass[Any]], lowering: Pass[Any] | None = None) -> list[Step]:
     """The recipe's passes plus those that every compilation needs, where not listed.
+
+    Args:
+        lowering: the pass that ends the compilation; ``lower_ops`` by default.
 
     Raises:
         PassError: out of stage order, or a pass twice that must not repeat.
@@ -67,8 +70,9 @@ def steps_for(passes: Sequence[Pass[Any]]) -> list[Step]:
         last = order
     if "canonicalize" not in seen:
         steps.insert(0, (_default("canonicalize"), None))
-    if "lower_ops" not in seen:
-        steps.append((_default("lower_ops"), None))
+    last_pass = lowering or _default("lower_ops")
+    if last_pass.name not in seen:
+        steps.append((last_pass, None))
     return steps
 
 
@@ -83,18 +87,19 @@ def run_passes(
     context: Context,
     on_report: Callable[[PassReport], None] = lambda report: None,
     on_start: Callable[[str], None] = lambda name: None,
+    lowering: Pass[Any] | None = None,
 ) -> list[PassReport]:
     """Run passes in order over the program, in place.
 
     Each pass runs on a snapshot-protected program: whatever it raises, the program is as it was
-    before that pass. ``on_report`` is called after each.
+    before that pass. ``on_report`` is called after each. ``lowering``: see :func:`steps_for`.
 
     Raises:
         PassError: a pass refused the program or matched nothing.
         GraphError: a pass broke the program (a defect); the program is restored first.
     """
     reports = []
-    for pass_, index in steps_for(passes):
+    for pass_, index in steps_for(passes, lowering):
         on_start(pass_.name)
         reports.append(_run(program, pass_, index, context))
         on_report(reports[-1])

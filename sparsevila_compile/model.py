@@ -12,8 +12,10 @@ from sparsevila_compile.conversation import Conversation, Usage
 from sparsevila_compile.engine import Engine
 from sparsevila_compile.errors import UserError
 from sparsevila_compile.families import family_of
+from sparsevila_compile.manifest import ONNX, kind_of
 from sparsevila_compile.program import Program
 from sparsevila_compile.prompt import PromptReader
+from sparsevila_compile.running import Runner
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -23,18 +25,24 @@ class CompiledModel:
 
     Attributes:
         processor: the checkpoint's processor.
-        program: the lowered program.
+        program: the lowered program (without graphs and weights where ONNX Runtime holds them).
         usage: what the last ``generate`` cost.
     """
 
-    def __init__(self, program: Program, processor: Any, generation_config: Any = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        processor: Any,
+        generation_config: Any = None,
+        runner: Runner | None = None,
+    ) -> None:
         from transformers import GenerationConfig
 
         family = family_of(program.config)
         self.program = program
         self.processor = processor
         self.generation_config = generation_config or GenerationConfig()
-        self.engine = Engine(program, family)
+        self.engine = Engine(program, family, runner)
         self.reader = PromptReader(program, family)
         self.usage = Usage()
 
@@ -124,15 +132,23 @@ def _no_length(config: Any) -> bool:
     return config.max_new_tokens is None and config.max_length in (None, default)
 
 
-def load(path: str | Path, device: str | torch.device | None = None) -> CompiledModel:
-    """Load an artifact.
+def load(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    provider: str | None = None,
+) -> CompiledModel:
+    """Load an artifact, or an ONNX bundle, which ONNX Runtime runs.
 
     Args:
-        path: the artifact's directory.
-        device: a device of the kind that it was compiled for; that kind's first by default.
+        path: the directory.
+        device: of an artifact: a device of the kind that it was compiled for; that kind's first by
+            default. Of a bundle: means the provider of that device.
+        provider: of a bundle: ``cpu``, ``cuda`` or ``cuda:N``; by default that of the device that
+            it was compiled on.
 
     Raises:
-        UserError: the artifact is missing, damaged or compiled for another kind of device.
+        UserError: the directory is missing or damaged, compiled for another kind of device, or
+            its provider is not here.
     """
     from transformers import GenerationConfig
 
@@ -143,9 +159,34 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Compiled
         raise UserError(
             f"device {device!r} is not one that torch knows; take cpu or cuda"
         ) from error
-    program = artifact.load_program(folder, where)
+    program, runner = _load_program(folder, where, provider)
     processor = hf.load_processor(str(folder / "processor"))
     defaults = None
     if (folder / "generation_config.json").is_file():
         defaults = GenerationConfig.from_pretrained(str(folder))
-    return CompiledModel(program, processor, defaults)
+    return CompiledModel(program, processor, defaults, runner)
+
+
+def _load_program(
+    folder: Path, device: torch.device | None, provider: str | None
+) -> tuple[Program, Runner | None]:
+    """The program, and the runner where torch does not run it."""
+    if kind_of(folder) is not ONNX:
+        if provider is not None:
+            raise UserError(
+                f"{folder}: is no ONNX bundle, so it takes a device, not the provider {provider!r}"
+            )
+        return artifact.load_program(folder, device), None
+    from sparsevila_compile.onnx.bundle import load_bundle
+    from sparsevila_compile.onnx.runner import OnnxRunner, provider_device
+
+    if provider is None and device is not None:
+        provider = str(device)
+    where = provider_device(provider) if provider else None
+    if where is not None and device is not None and device.type != where.type:
+        raise UserError(f"{folder}: provider {provider} does not run on device {device}")
+    program, manifest = load_bundle(folder)
+    if where is None:
+        where = provider_device(str(manifest["device"]))
+    program.device = where
+    return program, OnnxRunner(folder, manifest, where)

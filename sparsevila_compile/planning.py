@@ -41,6 +41,7 @@ class Looked:
     Attributes:
         shape: of its result; symbolic sizes by name.
         reason: why it was left alone, or None where it matches.
+        becomes: what it becomes, where the pass says so.
     """
 
     component: str
@@ -48,6 +49,7 @@ class Looked:
     where: str
     shape: str
     reason: str | None
+    becomes: str = ""
 
 
 def plan(recipe: Recipe) -> list[Planned]:
@@ -60,7 +62,8 @@ def plan(recipe: Recipe) -> list[Planned]:
         UserError: there is no such checkpoint, or the model is not supported.
     """
     program = trace_empty(recipe)
-    steps = [Planned(p, i) for p, i in steps_for(recipe.build())]
+    lowering = recipe.lowering()
+    steps = [Planned(p, i) for p, i in steps_for(recipe.build(), lowering)]
     patient = [_allow_nothing(p) for p in recipe.build()]
     reports: list[PassReport] = []
 
@@ -69,7 +72,7 @@ def plan(recipe: Recipe) -> list[Planned]:
             program.device = wanted_device(recipe)  # kernels are chosen for it, not for meta
 
     try:
-        run_passes(program, patient, Context(dry=True), reports.append, started)
+        run_passes(program, patient, Context(dry=True), reports.append, started, lowering)
     except (UserError, GraphError) as error:
         stopped = steps[len(reports)]
         with_place = error if isinstance(error, UserError) else UserError(str(error))
@@ -107,8 +110,8 @@ def explain(recipe: Recipe, name: str) -> list[list[Looked]]:
     Raises:
         UserError: the recipe has no such pass, or an earlier pass fails.
     """
-    passes = recipe.build()
-    steps = steps_for(passes)
+    passes, lowering = recipe.build(), recipe.lowering()
+    steps = steps_for(passes, lowering)
     if name not in {p.name for p, _ in steps}:
         listed = ", ".join(p.name for p, _ in steps)
         raise UserError(f"{recipe.file}: runs no pass {name!r}; it runs {listed}")
@@ -126,7 +129,7 @@ def explain(recipe: Recipe, name: str) -> list[list[Looked]]:
 
     try:
         with recipe.blame("passes"):
-            run_passes(program, passes, Context(dry=True), on_start=started)
+            run_passes(program, passes, Context(dry=True), on_start=started, lowering=lowering)
     except _Seen:
         pass
     return found
@@ -144,7 +147,8 @@ def _looked(program: Program, found: Match | Miss) -> Looked:
     node = nodes.get(site.node)
     shape = shape_text(node.meta.get("val")) if node is not None else ""
     where = site.where or (module_path(node) if node is not None else "")
-    return Looked(site.component, site.node, where, shape, reason)
+    becomes = found.data if isinstance(found, Match) and isinstance(found.data, str) else ""
+    return Looked(site.component, site.node, where, shape, reason, becomes)
 
 
 def shape_text(value: Any) -> str:

@@ -13,12 +13,21 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from sparsevila_compile.errors import UserError
+from sparsevila_compile.onnx.limits import pass_problems
 from sparsevila_compile.recipe_problems import problems_of, suggestion
+from sparsevila_compile.recipe_sections import (
+    AskSection,
+    EmitSection,
+    ModelSection,
+    RecipeSections,
+    check_ask,
+    check_emit,
+)
 from sparsevila_compile.yaml_position import (
     Document,
     KeyPath,
@@ -37,113 +46,6 @@ Registry = Mapping[str, "type[Pass[Any]]"]
 
 class RecipeError(UserError):
     """Mistakes in a recipe, one line each, every line starting with the file's name."""
-
-
-def _path_text(text: str) -> str:
-    if not text.strip():
-        raise ValueError("must not be empty")
-    if "\0" in text:
-        raise ValueError("holds a NUL character, which no path may")
-    if text.startswith("~") and os.path.expanduser(text) == text:
-        raise ValueError("starts with ~, but there is no such user")
-    return text
-
-
-def _device_text(text: str) -> str:
-    if text in ("auto", "cpu", "cuda"):
-        return text
-    kind, _, number = text.partition(":")
-    if kind == "cuda" and number.isascii() and number.isdigit() and len(number) < 4:
-        return text
-    raise ValueError(f"must be auto, cpu, cuda or cuda:N, not {text!r}")
-
-
-def _number_as_text(value: Any) -> Any:
-    return str(value) if type(value) in (int, float) else value
-
-
-PathText = Annotated[str, AfterValidator(_path_text)]
-DeviceText = Annotated[str, AfterValidator(_device_text)]
-AnswerText = Annotated[
-    str, BeforeValidator(_number_as_text, json_schema_input_type=str | int | float)
-]
-
-
-class Section(BaseModel):
-    """Base of a recipe's sections; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelSection(Section):
-    """The checkpoint to compile."""
-
-    path: PathText = Field(description="Checkpoint directory, or a hub id such as org/name.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Type of the weights; auto keeps the checkpoint's."
-    )
-    device: DeviceText = Field(
-        default="auto",
-        description="auto, cpu, cuda or cuda:N; what it is compiled for. auto takes CUDA if there.",
-        json_schema_extra={"pattern": r"^(auto|cpu|cuda(:[0-9]{1,3})?)$"},
-    )
-    revision: str | None = Field(
-        default=None, description="Branch, tag or commit of a hub id; null takes the default."
-    )
-    trust_remote_code: bool = Field(
-        default=False, description="Let transformers run Python code that the checkpoint brings."
-    )
-
-
-class EmitSection(Section):
-    """What is written."""
-
-    format: Literal["module"] = Field(
-        default="module", description="module: a directory for sparsevila_compile.load."
-    )
-    path: PathText = Field(description="Directory to make.")
-    overwrite: bool = Field(default=False, description="Replace an artifact that is there.")
-
-
-class Turn(Section):
-    """One question of a dialogue."""
-
-    question: str = Field(min_length=1, description="The question.")
-    answer: AnswerText | None = Field(
-        default=None, description="The right answer, shown beside the models' answers."
-    )
-
-
-class Dialogue(Section):
-    """Questions about one picture, asked one after the other in one chat session."""
-
-    image: PathText = Field(description="The picture.")
-    turns: tuple[Turn, ...] = Field(min_length=1, description="The questions, in order.")
-
-
-class AskSection(Section):
-    """What to ask the compiled and the dense model after compiling."""
-
-    max_new_tokens: int = Field(
-        default=64, ge=1, le=100_000, description="Length of an answer at most, in tokens."
-    )
-    dense: bool = Field(
-        default=True, description="Ask the model as it was before compiling, too, to compare."
-    )
-    pictures: tuple[Dialogue, ...] = Field(default=(), description="Pictures with their questions.")
-    file: PathText | None = Field(
-        default=None,
-        description="JSON Lines file, one such picture a line; other keys of a line are ignored.",
-    )
-
-
-class RecipeSections(Section):
-    """A recipe without its passes, which are checked one by one."""
-
-    version: Literal[1] = Field(description="Version of the recipe format.")
-    model: ModelSection
-    emit: EmitSection
-    ask: AskSection | None = None
 
 
 @dataclass(frozen=True)
@@ -190,6 +92,15 @@ class Recipe:
         """The passes, ready to run."""
         known = _registry(registry)
         return [known[item.name](item.config) for item in self.passes]
+
+    def lowering(self, registry: Registry | None = None) -> Pass[Any]:
+        """The pass that ends the compilation, where the recipe does not list it: for the format."""
+        if self.emit.format == "onnx":
+            from sparsevila_compile.onnx.lowering import LowerToOnnx
+
+            return LowerToOnnx.of(self.emit.dtype, self.emit.pure)
+        last = _registry(registry)["lower_ops"]
+        return last(last.config_type())
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain data with every default written out and absolute paths."""
@@ -296,24 +207,20 @@ def _check(document: Document, file: str, directory: Path, registry: Registry | 
     except ValidationError as error:
         problems += problems_of(error, (), RecipeSections, extra_keys=("passes",))
     if sections is not None and sections.ask is not None:
-        problems += _check_ask(sections.ask)
+        problems += check_ask(sections.ask)
+    if sections is not None:
+        problems += check_emit(sections.emit)
     items = _passes(data, problems, _registry(registry))
+    if sections is not None and sections.emit.format == "onnx" and not problems:
+        problems += pass_problems((item.name, item.config) for item in items)
     if problems or sections is None:
         raise _error(file, document, problems)
     recipe = Recipe(file, directory, sections.model, items, sections.emit, sections.ask, document)
     from sparsevila_compile.manager import steps_for
 
     with recipe.blame("passes"):
-        steps_for(recipe.build(registry))
+        steps_for(recipe.build(registry), recipe.lowering(registry))
     return recipe
-
-
-def _check_ask(ask: AskSection) -> list[Problem]:
-    if ask.file is None and not ask.pictures:
-        return [Problem(("ask",), "says nothing to ask; give pictures or file")]
-    if ask.file is not None and ask.pictures:
-        return [Problem(("ask", "file"), "and pictures are both given; give one of them")]
-    return []
 
 
 def _passes(

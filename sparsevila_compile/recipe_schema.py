@@ -14,13 +14,13 @@ from pydantic.json_schema import models_json_schema
 
 from sparsevila_compile.pass_base import PASSES, Pass
 from sparsevila_compile.program import STAGES
-from sparsevila_compile.recipe import (
+from sparsevila_compile.recipe import Registry
+from sparsevila_compile.recipe_sections import (
     AskSection,
     Dialogue,
     EmitSection,
     ModelSection,
     RecipeSections,
-    Registry,
     Turn,
 )
 
