@@ -9,6 +9,7 @@ Triton's language.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
@@ -84,17 +85,28 @@ def cuda_or_interpreter(device: torch.device) -> Reason:
     return needs_cuda(device)
 
 
+_LAUNCHED: set[torch.device] = set()
+"""Devices that a launch was allowed on: to ask again costs more than the rest of a launch's checks."""
+
+
 def check_launch(op: str, tensor: torch.Tensor) -> None:
     """Refuse a launch on a device that cannot run it: clearer than what Triton itself would say."""
+    if tensor.device in _LAUNCHED:
+        return
     reason = cuda_or_interpreter(tensor.device)
     if reason is not None:
         raise RuntimeError(f"{op}/triton: {reason}")
+    if tensor.device.type == "cuda":
+        _LAUNCHED.add(tensor.device)
+
+
+_NO_GUARD: AbstractContextManager[Any] = nullcontext()
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Around a launch: Triton launches on the current CUDA device, not on that of the tensors."""
-    if tensor.device.type != "cuda":
-        return nullcontext()
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return _NO_GUARD
     guard: AbstractContextManager[Any] = torch.cuda.device(tensor.device)  # type: ignore[no-untyped-call]
     return guard
 
@@ -135,6 +147,9 @@ def processors(device: torch.device) -> int:
 
     In the interpreter 4, so that small tests exercise more than one split.
     """
-    if device.type != "cuda":
-        return 4
+    return 4 if device.type != "cuda" else _processors(device)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsevila_compile.ops import GREEDY_STEP
+
 if TYPE_CHECKING:
     from sparsevila_compile.engine import Engine, KVCache, Retrieved
 
@@ -49,6 +51,10 @@ class Decoder:
         self._pad = torch.zeros((), dtype=torch.int64, device=device)
         self._ends = torch.full((1,), -1, dtype=torch.int64, device=device)
         self._tail = torch.zeros(batch, dtype=torch.int32, device=device)
+        shape = torch.empty((batch, 1), dtype=engine.program.dtype, device=device)
+        rows = (self.tokens, self.alive, self.lens, self._positions[:, 0])
+        step = GREEDY_STEP.choose(device, shape, *rows, self._ends, self._pad)
+        self._advance = GREEDY_STEP.function(step.name)
         self._index: dict[str, torch.Tensor] = {}
         self._sparse = False
         self._graphs: dict[tuple[bool, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
@@ -117,7 +123,7 @@ class Decoder:
         graph.replay()
         return logits
 
-    def _forward(self) -> torch.Tensor:
+    def _forward(self, count: bool = True) -> torch.Tensor:
         run, positions = self.engine.run, self._positions
         inputs: dict[str, Any] = {
             "inputs_embeds": run("embed", {"input_ids": self.tokens[:, None]})["inputs_embeds"],
@@ -130,15 +136,15 @@ class Decoder:
         if self._sparse:
             inputs |= self._index
             inputs["tail_start"] = self._tail
-        logits = run("decode" if self._sparse else "language", inputs)["logits"][:, 0]
-        self.lens.add_(self.alive)
-        self._positions.add_(self.alive[:, None])
+        logits: torch.Tensor = run("decode" if self._sparse else "language", inputs)["logits"][:, 0]
+        if count:
+            self.lens.add_(self.alive)
+            self._positions.add_(self.alive[:, None])
         return logits
 
     def _greedy(self) -> torch.Tensor:
-        logits = self._forward()
-        self.choose(logits.argmax(-1))
-        self.end((self.tokens[:, None] == self._ends).any(1))
+        logits, at = self._forward(count=False), self._positions[:, 0]
+        self._advance(logits, self.tokens, self.alive, self.lens, at, self._ends, self._pad)
         return logits
 
     @torch.inference_mode()

@@ -207,7 +207,7 @@ class Engine:
             if not chosen:
                 return [[torch.arange(p.tokens) for p in prompt] for prompt in prompts]
             # One wait for the device, whatever the number of runs.
-            parts = torch.cat(chosen).cpu().split([len(part) for part in chosen])
+            parts = torch.split(torch.cat(chosen).cpu(), [len(part) for part in chosen])
             flat = itertools.chain.from_iterable(
                 itertools.chain.from_iterable(self._by_picture(part, group))
                 for part, (group, _) in zip(parts, runs, strict=True)

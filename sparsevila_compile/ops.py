@@ -1,4 +1,7 @@
-"""The canonical ops, declared by importing them, as the overloads that graphs hold."""
+"""The canonical ops, declared by importing them, as the overloads that graphs hold.
+
+``GREEDY_STEP``, the op itself, stands in no graph: the decode loop calls it between steps.
+"""
 
 from sparsevila_compile.kernels.add_rms_norm.op import OP as _add_rms_norm
 from sparsevila_compile.kernels.attention.op import LSE as _attention_lse
@@ -6,6 +9,7 @@ from sparsevila_compile.kernels.attention.op import OP as _attention
 from sparsevila_compile.kernels.cached_attention.op import LSE as _cached_attention_lse
 from sparsevila_compile.kernels.cached_attention.op import OP as _cached_attention
 from sparsevila_compile.kernels.column_reduce.op import OP as _column_reduce
+from sparsevila_compile.kernels.greedy_step.op import OP as _greedy_step
 from sparsevila_compile.kernels.retrieval_attention.op import OP as _retrieval_attention
 from sparsevila_compile.kernels.rotary.op import OP as _rotary
 from sparsevila_compile.kernels.select_tokens.op import OP as _select_tokens
@@ -20,6 +24,7 @@ ATTENTION_LSE = _attention_lse.overload
 CACHED_ATTENTION = _cached_attention.overload
 CACHED_ATTENTION_LSE = _cached_attention_lse.overload
 COLUMN_REDUCE = _column_reduce.overload
+GREEDY_STEP = _greedy_step
 RETRIEVAL_ATTENTION = _retrieval_attention.overload
 ROTARY = _rotary.overload
 SELECT_TOKENS = _select_tokens.overload

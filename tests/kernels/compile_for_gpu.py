@@ -160,11 +160,26 @@ def silu_mul() -> Iterator[tuple[Any, ...]]:
         yield both[:, :3424], both[:, 3424:]
 
 
+def greedy_step() -> Iterator[tuple[Any, ...]]:
+    for rows, dtype in ((1, BF16), (8, torch.float32)):
+        tokens, counts = torch.zeros(rows, dtype=torch.int64), torch.ones(rows, dtype=torch.int32)
+        ends = torch.tensor([5, 7])
+        yield (
+            zeros(rows, 152064, dtype=dtype),
+            tokens,
+            counts,
+            counts.clone(),
+            tokens.clone(),
+            ends,
+            ends[0],
+        )
+
+
 CASES: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     f.__name__: f
     for f in (
         w4a16_linear, w4a8_linear, w8a8_linear, attention, cached_attention, retrieval_attention,
-        column_reduce, select_tokens, add_rms_norm, rotary, silu_mul,
+        column_reduce, select_tokens, add_rms_norm, rotary, silu_mul, greedy_step,
     )
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from sparsevila_compile.kernels.triton_support import HAVE_TRITON
 
 SCRIPT = Path(__file__).with_name("compile_for_gpu.py")
 OPS = (
-    "add_rms_norm", "attention", "cached_attention", "column_reduce", "retrieval_attention", "rotary",
+    "add_rms_norm", "attention", "cached_attention", "column_reduce", "greedy_step", "retrieval_attention", "rotary",
     "select_tokens", "silu_mul", "w4a16_linear", "w4a8_linear", "w8a8_linear",
 )  # fmt: skip
 
