@@ -1,0 +1,110 @@
+"""ONNX form of ``cached_attention`` and ``cached_attention_lse``, and of the write to the cache.
+
+An ONNX op changes no input: the caches come out again, of the same shape. A runtime that gives an
+output the buffer of its input (onnxruntime's I/O binding) writes the new tokens in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..attention.onnx import attend
+from ..onnx_support import Body, OnnxOp, Port
+
+CACHES = (Port("k_cache_out", "T"), Port("v_cache_out", "T"))
+
+
+def append(
+    b: Body, news: tuple[str, str], caches: tuple[str, str], cache_lens: str
+) -> tuple[str, ...]:
+    """The caches [B, H, L, D] with the new keys and values [B, H, S, D] at cache_lens[b] and after.
+
+    Padding tokens are written too, to positions that hold nothing. A token at or past L is dropped:
+    it is replaced by what position L - 1 holds afterwards, and written there once more.
+    """
+    batch, heads, count = (b.size(news[0], axis) for axis in range(3))
+    last = b.op("Sub", b.size(caches[0], 2), b.constant([1]))
+    start = b.unsqueeze(b.long(cache_lens), 1)  # [B, 1]
+    room = b.op("Sub", last, start)  # [B, 1], index of the last token that fits; negative: none
+    source = b.op("Min", b.unsqueeze(b.range(count), 0), b.op("Max", room, b.constant([0])))
+    position = b.op("Min", b.op("Add", start, source), last)  # [B, S]
+    whole = b.shape(batch, heads, count)
+    row = b.unsqueeze(b.range(batch), 1, 2)
+    head = b.unsqueeze(b.range(heads), 0, 2)
+    fits = b.unsqueeze(b.op("GreaterOrEqual", room, b.constant([0])), 2, 3)
+
+    def places(at: str) -> str:
+        parts = (b.op("Expand", x, whole) for x in (row, head, b.unsqueeze(at, 1)))
+        return b.op("Concat", *(b.unsqueeze(x, 3) for x in parts), axis=3)
+
+    sources, positions = places(source), places(position)
+
+    def written(new: str, cache: str) -> str:
+        held = b.slice(cache, 2, -1, 2**62)
+        tokens = b.op("Where", fits, b.op("GatherND", new, sources), held)
+        return b.op("ScatterND", cache, positions, tokens)
+
+    return tuple(written(new, cache) for new, cache in zip(news, caches, strict=True))
+
+
+def _body(
+    b: Body, given: frozenset[str], chosen: dict[str, Any], lse: bool = False
+) -> tuple[str, ...]:
+    caches = append(b, ("k", "v"), ("k_cache", "v_cache"), "cache_lens")
+    length, capacity = b.size("q", 2), b.size("k_cache", 2)
+    row = b.range(length)
+    start = b.unsqueeze(b.long("cache_lens"), 1)
+    query = b.op("Add", start, row)  # [B, S]
+    key = b.range(capacity)
+    visible = b.op("LessOrEqual", key, b.unsqueeze(query, 2))  # [B, S, L]
+    real = b.op("Less", row, b.unsqueeze(b.long("new_lens"), 1))  # [B, S]
+    if chosen["windowed"]:
+        first = b.op("Sub", query, b.attribute("window", "value_int"))
+        visible = b.op("And", visible, b.op("Greater", key, b.unsqueeze(first, 2)))
+        # A full cache may have nothing left within the window.
+        last = b.op("Sub", capacity, b.constant([1]))
+        real = b.op("And", real, b.op("Less", first, last))
+    sees = b.unsqueeze(real, 1, 3)
+    scale = b.attribute("scale")
+    return attend(b, "q", *caches, b.unsqueeze(visible, 1, 2), sees, scale, lse) + caches
+
+
+def _with_lse(b: Body, given: frozenset[str], chosen: dict[str, Any]) -> tuple[str, ...]:
+    return _body(b, given, chosen, lse=True)
+
+
+INPUTS = (
+    *(Port(name, "T") for name in ("q", "k", "v", "k_cache", "v_cache")),
+    Port("cache_lens", "I"),
+    Port("new_lens", "I"),
+)
+_ATTRIBUTES = {"scale": "float", "window": "int", "windowed": "int"}
+DOC_WRITE = (
+    "Token i of k and v [B, Hkv, S, D] is written to position cache_lens[b] + i of the caches "
+    "[B, Hkv, L, D], whose values must be finite everywhere; those at or past L are dropped. "
+    "Positions from cache_lens[b] + new_lens[b] on hold nothing. "
+)
+_DOC = DOC_WRITE + (
+    "Query i of q [B, Hq, S, D], if i < new_lens[b], attends the positions up to its own, "
+    "p = cache_lens[b] + i, and with window > 0 (then windowed is 1) only those j with "
+    "p - j < window. out [B, S, Hq, D]; rows i >= new_lens[b] are zero."
+)
+
+CACHED_ATTENTION = OnnxOp(
+    "CachedAttention",
+    _DOC,
+    INPUTS,
+    (Port("out", "T"), *CACHES),
+    _ATTRIBUTES,
+    _body,
+    ("windowed",),
+)
+CACHED_ATTENTION_LSE = OnnxOp(
+    "CachedAttentionLse",
+    _DOC + " lse [B, Hq, S] is the log-sum-exp of each row's scores, 0 where out is zero.",
+    INPUTS,
+    (Port("out", "T"), Port("lse", "F"), *CACHES),
+    _ATTRIBUTES,
+    _with_lse,
+    ("windowed",),
+)
