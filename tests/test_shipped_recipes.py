@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sparsevila_compile import cli
 from sparsevila_compile.asking import same
@@ -36,7 +37,9 @@ def test_a_shipped_recipe_compiles_and_answers(
     assert dense >= 14  # the model alone is right in 95 % of turns
     assert compiled >= dense - 2, [t for t in turns if not same(t["compiled"], t["reference"])]
     named = [p for p in data["passes"] if p["index"] is not None]
-    assert all(p["matches"] and p["modified"] for p in named)
+    listed = yaml.safe_load(recipe.read_text())["passes"]
+    optional = {n for p in listed if isinstance(p, dict) for n, o in p.items() if o.get("optional")}
+    assert all(p["matches"] and p["modified"] for p in named if p["name"] not in optional)
     sizes = data["weight_bytes"]
     if any(p["name"] == "quantize_linear" for p in named):
         assert sizes[1] < 0.7 * sizes[0]
