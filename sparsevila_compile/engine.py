@@ -21,9 +21,6 @@ from sparsevila_compile.program import Program
 from sparsevila_compile.prompt import Picture
 from sparsevila_compile.running import GraphRunner, Runner
 
-PREFILL_CHUNK = 5120
-"""Tokens that prefill feeds at a time, all rows together: what bounds its activations' memory."""
-
 _MIN_CHUNK = 256
 """Tokens a row at least: fewer would read the weights too often."""
 
@@ -316,7 +313,7 @@ class Engine:
 
         Args:
             columns: by row, cache positions of all its visual tokens (int64), this turn's included.
-            chunk: tokens a row at a time; by default the rows share ``PREFILL_CHUNK``.
+            chunk: tokens a row at a time; by default the rows share the runner's ``prefill_chunk``.
             score: whether retrieval will want scores.
 
         Returns:
@@ -325,7 +322,7 @@ class Engine:
         """
         counts = [len(f.ids) for f in feeds]
         if chunk is None:
-            chunk = max(PREFILL_CHUNK // len(feeds), _MIN_CHUNK)
+            chunk = max(self.runner.prefill_chunk // len(feeds), _MIN_CHUNK)
         # Chunks of one size: the largest decides how much memory activations take.
         chunk = -(-max(counts) // -(-max(counts) // chunk))
         score_columns = _pad_rows(columns, -1).to(device=self.device, dtype=torch.int32)

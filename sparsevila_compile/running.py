@@ -15,10 +15,13 @@ class Runner(Protocol):
     Attributes:
         components: the names of what it can run.
         capturable: whether a decode step may be captured as a CUDA graph.
+        prefill_chunk: tokens that prefill feeds at a time, all rows together: what bounds its
+            activations' memory.
     """
 
     components: frozenset[str]
     capturable: bool
+    prefill_chunk: int
 
     def run(self, component: str, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Run one component; ``inputs`` by name (more than it takes is fine).
@@ -33,6 +36,7 @@ class GraphRunner:
     """Runs a program's own graphs on its own weights."""
 
     capturable = True
+    prefill_chunk = 5120
 
     def __init__(self, program: Program) -> None:
         components = program.components

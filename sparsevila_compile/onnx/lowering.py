@@ -79,8 +79,8 @@ class LowerToOnnx(Pass[LowerToOnnxConfig]):
     def finish(self, program: Program, matches: list[Match], context: Context) -> None:
         for component in program.components.values():
             Editor(component).sweep()
-        emitted = Counter(f"{m.node.target._opname} as {m.data}" for m in matches)  # type: ignore[union-attr]
-        context.notes["emitted"] = dict(emitted)
+        emitted = Counter(m.data for m in matches)
+        context.notes["emitted"] = ", ".join(f"{op} × {n}" for op, n in sorted(emitted.items()))
 
     def ensures(self, program: Program) -> None:
         for component in program.components.values():

@@ -95,6 +95,7 @@ class OnnxRunner:
     """
 
     capturable = False
+    prefill_chunk = 512  # attention scores of a chunk are held whole, with the cache's capacity
 
     def __init__(self, folder: Path, manifest: dict[str, Any], device: torch.device) -> None:
         self.device = device
@@ -132,7 +133,10 @@ class OnnxRunner:
             )
         inputs = {v.name: _dtypes(v.type) for v in session.get_inputs()}
         outputs = tuple(v.name for v in session.get_outputs())
-        return _Graph(session, session.io_binding(), inputs, outputs)
+        binding = session.io_binding()
+        for name in outputs:  # the results come in the order in which outputs are first bound
+            binding.bind_output(name, self.device.type, self.device.index or 0)
+        return _Graph(session, binding, inputs, outputs)
 
     def run(self, component: str, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Run one component; ``inputs`` by name (more than it takes is fine).
