@@ -55,6 +55,8 @@ def _kind(node: fx.Node) -> str | None:
         return "identity"
     if node.target in IDENTITIES:
         return "identity"
+    if node.target is aten.mul.Tensor and node.args[1] == 1 and _same(node):
+        return "identity"  # by the number one: a tensor is equal to no number
     if node.target is aten.dropout.default and not (node.args[2] and node.args[1]):
         return "identity"
     return None
@@ -64,7 +66,7 @@ def _kind(node: fx.Node) -> str | None:
 class Canonicalize(Pass[CanonicalizeConfig]):
     name = "canonicalize"
     stage = "canonicalize"
-    summary = "removes trace-time checks, casts to the same type and dead code"
+    summary = "removes trace-time checks, casts to the same type, factors of one and dead code"
     config_type = CanonicalizeConfig
 
     def match(self, program: Program) -> Iterator[Match | Miss]:
