@@ -6,7 +6,8 @@ Group size 128, bf16 x, codes, scales and zero points at random. Weights rotate 
 cache holds. The floor is the larger of the bytes (int4 weight, scales, zero points, x and output
 once) at the speed of a large device copy and of the operations at the rate of a large bf16 product,
 both measured in the same run. A result that is off is not timed. GemLite searches for its own tiles,
-up to a minute for each shape and number of rows: ``--gemlite`` includes it where it is installed.
+up to a minute for each shape and number of rows: ``--gemlite`` includes it where it is installed, at
+1, 8 and 64 rows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,11 @@ LAYERS: dict[str, dict[str, tuple[int, int]]] = {
 }
 """Input and output channels of the linears of a decoder layer, as a model with so many parameters
 has them with q, k, v in one and gate and up in one."""
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+ROWS = (1, 2, 3, 4, 8, 16, 17, 32, 64, 100, 128, 256, 512, 777, 1024, 2048, 4096, 8192)
+GEMLITE_ROWS = (1, 8, 64)
+"""Rows at which GemLite is asked: it searches for each anew."""
+TINYGEMM_ROWS = 64
+"""Up to here torch's int4 product is asked: its time grows with every eight rows."""
 
 
 @dataclass(frozen=True)
@@ -97,43 +102,58 @@ class Bf16:
         return linear(x, self.weight)
 
 
-def ours(weights: Int4, rows: int) -> Ours:
+def ours(weights: Int4) -> Ours:
     stored = (pack_int4(weights.q), weights.scale, weights.zero.to(torch.uint8))
-    x = torch.empty(rows, weights.q.shape[1], dtype=torch.bfloat16, device=DEVICE)
+    x = torch.empty(1, weights.q.shape[1], dtype=torch.bfloat16, device=DEVICE)
     return Ours(stored, OP.choose(DEVICE, x, *stored, None, GROUP).name)
 
 
-def sides(rows: int, gemlite: bool) -> dict[str, Callable[[Int4], Any]]:
+def sides(gemlite: bool) -> dict[str, Callable[[Int4], Any]]:
     chosen: dict[str, Callable[[Int4], Any]] = {
-        "ours": lambda w: ours(w, rows),
+        "ours": ours,
         "bf16 cuBLAS": lambda w: Bf16(w.dense().bfloat16()),
+        "torch int4": TinygemmLinear,
     }
-    if rows <= 64:  # its time grows with every eight rows
-        chosen["torch int4"] = TinygemmLinear
     if gemlite:
         chosen["GemLite"] = GemliteLinear
     return chosen
 
 
-def measure(k: int, n: int, rows: int, gemlite: bool) -> dict[str, Any]:
-    """Microseconds of every side, one side's weights in memory at a time."""
-    result: dict[str, Any] = {"k": k, "n": n, "rows": rows, "microseconds": {}, "refused": {}}
+def asked(side: str, rows: int) -> bool:
+    if side == "GemLite":
+        return rows in GEMLITE_ROWS
+    return side != "torch int4" or rows <= TINYGEMM_ROWS
+
+
+def measure(k: int, n: int, all_rows: Sequence[int], gemlite: bool) -> list[dict[str, Any]]:
+    """Microseconds of every side at each number of rows; one side's weights in memory at a time."""
+    results: list[dict[str, Any]] = [
+        {"k": k, "n": n, "rows": rows, "microseconds": {}, "refused": {}} for rows in all_rows
+    ]
     weights = Int4.random(k, n, DEVICE)
-    x = torch.randn(rows, k, device=DEVICE).bfloat16()
-    exact = x[:256].float() @ weights.dense().T
-    for name, build in sides(rows, gemlite).items():
+    tokens = {rows: torch.randn(rows, k, device=DEVICE).bfloat16() for rows in all_rows}
+    dense = weights.dense().T
+    exact = {rows: x[-256:].float() @ dense for rows, x in tokens.items()}
+    del dense
+    for name, build in sides(gemlite).items():
         size = k * n * (2 if name.startswith("bf16") else 0.5)
         built = [build(weights)]
-        error = relative_error(built[0].few(x)[:256], exact)
-        if error > BOUND:
-            result["refused"][name] = f"off by {error:.2g}"
-            continue
         while len(built) * size < ROTATED:
             built.append(build(Int4.random(k, n, DEVICE)))
-        result["microseconds"][name] = time_graph([lambda b=b: b.few(x) for b in built]).median
+        for result in results:
+            rows = result["rows"]
+            if not asked(name, rows):
+                continue
+            x = tokens[rows]
+            error = relative_error(built[0].few(x)[-256:], exact[rows])
+            if error > BOUND:
+                result["refused"][name] = f"off by {error:.2g}"
+                continue
+            calls = [lambda b=b, x=x: b.few(x) for b in built]
+            result["microseconds"][name] = time_graph(calls, budget_ms=40, most=100).median
         del built
         torch.cuda.empty_cache()
-    return result
+    return results
 
 
 def line(title: str, times: dict[str, float], floor: float) -> str:
@@ -157,23 +177,24 @@ def main() -> int:
     print("\n".join(notes), flush=True)
     limits = ceilings()
     print(f"copy {limits.copy / 1e6:.2f} TB/s; bf16 {limits.rate / 1e6:.0f} TFLOP/s", flush=True)
-    results = []
+    results: list[dict[str, Any]] = []
     for layer in options.layers:
-        for rows in options.rows:
-            total: dict[str, float] = {}
-            whole = 0.0
-            for name, (k, n) in LAYERS[layer].items():
-                torch.manual_seed(rows)
-                result = measure(k, n, rows, gemlite)
+        together: dict[int, dict[str, float]] = {rows: {} for rows in options.rows}
+        floors = dict.fromkeys(options.rows, 0.0)
+        for name, (k, n) in LAYERS[layer].items():
+            torch.manual_seed(n)
+            for result in measure(k, n, options.rows, gemlite):
+                rows = result["rows"]
                 floor = limits.floor(rows, k, n)
                 results.append({"layer": layer, "linear": name, "floor": floor, **result})
                 print(line(f"{layer} {name}, {rows} rows", result["microseconds"], floor))
                 for side, why in result["refused"].items():
                     print(f"  {side}: REFUSED, {why}")
-                whole += floor
+                floors[rows] += floor
                 for side, time in result["microseconds"].items():
-                    total[side] = total.get(side, 0.0) + time
-            print(line(f"{layer} together, {rows} rows", total, whole), flush=True)
+                    together[rows][side] = together[rows].get(side, 0.0) + time
+        for rows, total in together.items():
+            print(line(f"{layer} together, {rows} rows", total, floors[rows]), flush=True)
     if options.out:
         data = {"environment": environment(), "ceilings": asdict(limits), "results": results}
         options.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
