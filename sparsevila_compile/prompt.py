@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Picture:
         pixels: ``[1, 3, H, W]``, or its patches ``[patches, values]``.
         grid: (time, height, width) in patches, or None.
         digest: identifies the pixels, so that a cached picture is known again.
+        seconds: of a video, seconds a temporal step where they were given.
     """
 
     modality: Modality
@@ -42,6 +43,7 @@ class Picture:
     pixels: torch.Tensor
     grid: tuple[int, int, int] | None
     digest: Digest
+    seconds: float | None = None
 
 
 @dataclass
@@ -134,17 +136,11 @@ class PromptReader:
         rows = []
         for ids in row_ids:
             pictures = self._pictures(ids, supplies)
-            steps = None
             if seconds is not None:
                 count = sum(p.modality.name == "video" for p in pictures)
-                steps, seconds = seconds[:count], seconds[count:]
-                _time(pictures, steps)
-            if self._rope is not None and self._touching(pictures):
-                raise UserError(
-                    "two pictures of one kind stand side by side without a token between them; this family separates them by vision_start and vision_end"
-                )
-            place = functools.partial(self._positions, ids, pictures, steps)
-            rows.append(Row(ids, pictures, place))
+                _time(pictures, seconds[:count])
+                seconds = seconds[count:]
+            rows.append(self._row(ids, pictures))
         for name, supply in supplies.items():
             if supply:
                 raise UserError(
@@ -152,6 +148,22 @@ class PromptReader:
                     f"placeholder for each {name} into the text"
                 )
         return rows
+
+    def continued(self, ids: torch.Tensor, pictures: list[Picture], new: Row) -> Row:
+        """The whole prompt of which ``ids`` and ``pictures`` came before, and ``new`` follows.
+
+        Raises:
+            UserError: two pictures now stand side by side where this family cannot have that.
+        """
+        moved = [replace(p, start=p.start + len(ids)) for p in new.pictures]
+        return self._row(torch.cat([ids, new.ids]), [*pictures, *moved])
+
+    def _row(self, ids: torch.Tensor, pictures: list[Picture]) -> Row:
+        if self._rope is not None and self._touching(pictures):
+            raise UserError(
+                "two pictures of one kind stand side by side without a token between them; this family separates them by vision_start and vision_end"
+            )
+        return Row(ids, pictures, functools.partial(self._positions, ids, pictures))
 
     def _supply(self, modality: Modality, inputs: dict[str, Any]) -> list[Picture]:
         pixels = inputs.get(modality.pixels)
@@ -203,9 +215,7 @@ class PromptReader:
             i += picture.tokens
         return found
 
-    def _positions(
-        self, ids: torch.Tensor, pictures: list[Picture], seconds: list[float] | None
-    ) -> torch.Tensor:
+    def _positions(self, ids: torch.Tensor, pictures: list[Picture]) -> torch.Tensor:
         """Positions on the full prompt and of one text token more, as transformers numbers them.
 
         Returns ``[axes, n + 1]``.
@@ -220,7 +230,8 @@ class PromptReader:
             grids[p.modality.name].append(p.grid)
         image, video = (torch.tensor(grids[k]) if grids[k] else None for k in ("image", "video"))
         longer = torch.cat([ids, ids.new_zeros(1)])
-        steps = None if seconds is None else torch.tensor(seconds)
+        timed = [p.seconds for p in pictures if p.seconds is not None]
+        steps = torch.tensor(timed) if timed else None
         return self._rope(longer[None], types, image, video, steps)[:, 0]
 
     @staticmethod
@@ -235,6 +246,7 @@ def _time(pictures: list[Picture], seconds: list[float]) -> None:
     """A video played at another speed is another video: its positions differ."""
     videos = [p for p in pictures if p.modality.name == "video"]
     for video, step in zip(videos, seconds, strict=True):
+        video.seconds = step
         video.digest.add(repr(step))
 
 

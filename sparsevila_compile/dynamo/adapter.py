@@ -1,0 +1,109 @@
+"""Everything that the backend takes from Dynamo beyond its public API, and the one look at a caller.
+
+Dynamo hands a backend a graph and example inputs. Which module's forward the graph is of, and which
+argument each input came from, it keeps in the translator and on the placeholders.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+import torch._dynamo
+from torch import fx
+
+RECOMPILE_LIMIT = 64
+"""Graphs of one forward at least: with or without padding, pictures and a past, and for one row or
+several, there are more than Dynamo's default of eight, behind which it would silently run the stock
+forward."""
+
+
+def prepare_dynamo() -> None:
+    """Set what the backend needs, for the whole process.
+
+    transformers compares the numbers of placeholders and visual tokens, which breaks the graph at
+    the token merge unless scalars are captured.
+    """
+    config: Any = torch._dynamo.config
+    config.capture_scalar_outputs = True
+    config.recompile_limit = max(int(config.recompile_limit), RECOMPILE_LIMIT)
+
+
+def compiled_module() -> torch.nn.Module | None:
+    """The module whose method Dynamo is compiling, or None."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    tx: Any = InstructionTranslator.current_tx()
+    root = getattr(tx.output, "root_tx", None) or tx
+    found = root.f_locals.get("self")
+    return found if isinstance(found, torch.nn.Module) else None
+
+
+def last_graph_break() -> str | None:
+    """The first line of why Dynamo last broke a graph, or None."""
+    from torch._dynamo.utils import counters
+
+    reasons = list(counters["graph_break"])
+    return str(reasons[-1]).strip().splitlines()[0] if reasons else None
+
+
+def source_of(placeholder: fx.Node) -> str:
+    """Where an input comes from, as Python (``L['kwargs']['input_ids']``)."""
+    source: Any = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return ""
+    name = source.name  # a method up to torch 2.9, a property later
+    return str(name() if callable(name) else name)
+
+
+def inner_compile(name: str, graph: fx.GraphModule, inputs: list[Any]) -> Any:
+    """Compile a graph that Dynamo captured with another backend."""
+    return torch._dynamo.lookup_backend(name)(graph, inputs)
+
+
+def may_vary(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """Tell Dynamo that this size differs from call to call."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    return tensor
+
+
+class Sizes:
+    """Evaluates symbolic sizes of a captured graph from the arguments of a call."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._at: dict[sympy.Symbol, int] = {}
+        for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
+            value = node.meta.get("example_value")
+            if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
+                self._at.setdefault(value.node.expr, i)
+
+    def shape(self, sizes: Sequence[int | torch.SymInt], args: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(self._one(size, args) for size in sizes)
+
+    def _one(self, size: int | torch.SymInt, args: Sequence[Any]) -> int:
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        expr = size.node.expr
+        known = {s: sympy.Integer(args[self._at[s]]) for s in expr.free_symbols if s in self._at}
+        return int(expr.xreplace(known))
+
+
+def generate_arguments(model: Any) -> dict[str, Any] | None:
+    """Keyword arguments of the ``generate`` call that the current code runs in, or None.
+
+    ``generate`` encodes pictures before the first forward, that is, before a backend is first
+    called; so for the very first prompt the pixels are to be had from its frame only.
+    """
+    from transformers import GenerationMixin
+
+    code = inspect.unwrap(GenerationMixin.generate).__code__
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is code and frame.f_locals.get("self") is model:
+            return dict(frame.f_locals.get("kwargs") or {})
+        frame = frame.f_back
+    return None
