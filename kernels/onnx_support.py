@@ -202,6 +202,10 @@ class OnnxOp:
         """For onnx's own checker and shape inference."""
         from onnx.defs import OpSchema
 
+        def kind(p: Port) -> str:
+            # Integers need not be of one type.
+            return f"{p.kind}_{p.name}" if p.kind == "I" else p.kind
+
         def ports(group: tuple[Port, ...]) -> list[OpSchema.FormalParameter]:
             single, optional = (
                 OpSchema.FormalParameterOption.Single,
@@ -209,7 +213,7 @@ class OnnxOp:
             )
             return [
                 OpSchema.FormalParameter(
-                    p.name, p.kind, param_option=optional if p.optional else single
+                    p.name, kind(p), param_option=optional if p.optional else single
                 )
                 for p in group
             ]
@@ -219,7 +223,7 @@ class OnnxOp:
             "int": OpSchema.AttrType.INT,
             "string": OpSchema.AttrType.STRING,
         }
-        used = dict.fromkeys(p.kind for p in (*self.inputs, *self.outputs))
+        used = {kind(p): _TYPES[p.kind] for p in (*self.inputs, *self.outputs)}
         return OpSchema(
             self.name,
             DOMAIN,
@@ -227,9 +231,9 @@ class OnnxOp:
             doc=self.doc,
             inputs=ports(self.inputs),
             outputs=ports(self.outputs),
-            type_constraints=[(kind, _TYPES[kind], "") for kind in used],
+            type_constraints=[(name, types, "") for name, types in used.items()],
             attributes=[
-                OpSchema.Attribute(name, kinds[kind], required=True)
-                for name, kind in self.attributes.items()
+                OpSchema.Attribute(name, kinds[held], required=True)
+                for name, held in self.attributes.items()
             ],
         )

@@ -66,7 +66,8 @@ def _body(
         real = b.op("And", real, b.op("Less", first, last))
     sees = b.unsqueeze(real, 1, 3)
     scale = b.attribute("scale")
-    return attend(b, "q", *caches, b.unsqueeze(visible, 1, 2), sees, scale, lse) + caches
+    visible = b.unsqueeze(visible, 1, 2)
+    return attend(b, "q", caches[0], caches[1], visible, sees, scale, lse) + caches
 
 
 def _with_lse(b: Body, given: frozenset[str], chosen: dict[str, Any]) -> tuple[str, ...]:

@@ -82,7 +82,8 @@ def _body(b: Body, given: frozenset[str], chosen: dict[str, Any]) -> tuple[str]:
     share = b.op("Where", visible, b.op("Mul", share, weights), zero)
     sums = b.op("ReduceSum", share, b.constant([2]), keepdims=0)  # [B, Hq, N or V]
     width = b.size(sums, 2)
-    groups: str | int = {"mean": 1, "kv": kv_heads, "none": q_heads}[chosen["heads"]]
+    sizes: dict[str, str | int] = {"mean": 1, "kv": kv_heads, "none": q_heads}
+    groups = sizes[chosen["heads"]]
     pooled = b.reshape(sums, batch, groups, -1, width)
     pooled = b.op("ReduceMean", pooled, b.constant([2]), keepdims=0)
     if "columns" in given:

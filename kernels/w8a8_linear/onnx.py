@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..onnx_support import LOWEST, Body, OnnxOp, Port
+from ..onnx_support import Body, OnnxOp, Port
 from .rounding import FLOOR, LARGEST
 
 
@@ -15,7 +15,9 @@ def _body(b: Body, given: frozenset[str], chosen: dict[str, Any]) -> tuple[str]:
     largest = b.number(LARGEST[torch.int8])
     top = b.op("ReduceMax", b.op("Abs", wide), b.constant([-1]), keepdims=1)
     top = b.op("Max", top, b.number(FLOOR))
-    finite = b.op("LessOrEqual", top, b.number(-LOWEST))  # false for NaN too
+    # Maxima may pass over a NaN; a sum does not.
+    zeros = b.op("Mul", wide, b.number(0.0))
+    finite = b.flip(b.op("IsNaN", b.op("ReduceSum", zeros, b.constant([-1]), keepdims=1)))
     codes = b.op("Mul", wide, b.op("Div", largest, top))
     codes = b.op("Round", b.op("Where", finite, codes, b.number(0.0)))
     # Stored rows are padded: a row of the weight is one input channel here.
@@ -35,7 +37,7 @@ W8A8_LINEAR = OnnxOp(
     "x [..., K] is rounded to int8 row by row, a row's largest value to 127, and multiplied with "
     "int8 weight [K', N], K' >= K, whose rows from K on are not used; the int32 sums are rescaled "
     "by the row's scale and scales [N], and bias [N] is added.",
-    (Port("x", "T"), Port("weight", "Q"), Port("scales", "F"), Port("bias", "T", optional=True)),
+    (Port("x", "T"), Port("weight", "Q"), Port("scales", "F"), Port("bias", "C", optional=True)),
     (Port("out", "T"),),
     {},
     _body,

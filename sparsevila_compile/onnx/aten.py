@@ -145,7 +145,7 @@ def _where(g: GraphWriter, node: fx.Node) -> Value:
     return g.op("Where", g.tensor(condition), g.typed(x, _dtype(node)), g.typed(y, _dtype(node)))
 
 
-@converts(aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout)
+@converts(aten.to.dtype, aten.to.device, aten._to_copy.default, aten.to.dtype_layout)
 def _to(g: GraphWriter, node: fx.Node) -> Value:
     return g.typed(node.args[0], _dtype(node))
 
@@ -335,7 +335,7 @@ def _expand(g: GraphWriter, node: fx.Node) -> Value:
 
 @converts(aten.unsqueeze.default)
 def _unsqueeze(g: GraphWriter, node: fx.Node) -> Value:
-    return g.unsqueeze(g.tensor(node.args[0]), node.args[1] % _rank(node))  # type: ignore[operator]
+    return g.unsqueeze(g.tensor(node.args[0]), node.args[1] % _rank(node))  # type: ignore[operator, arg-type]
 
 
 @converts(aten.squeeze.dim)
@@ -400,12 +400,10 @@ def _arithmetic(kind: str) -> Converter:
     return convert
 
 
-# Sizes are not negative: ONNX's division, towards zero, is Python's.
 for _function, _kind in {
     operator.add: "Add",
     operator.sub: "Sub",
     operator.mul: "Mul",
-    operator.floordiv: "Div",
     operator.mod: "Mod",
     operator.neg: "Neg",
     torch.sym_max: "Max",
@@ -414,9 +412,17 @@ for _function, _kind in {
     converts(_function)(_arithmetic(_kind))
 
 
+@converts(operator.floordiv)
+def _floordiv(g: GraphWriter, node: fx.Node) -> Value:
+    x, y = (g.length(a) for a in node.args)
+    # ONNX divides towards zero, but its remainder has the divisor's sign, as Python's.
+    return g.op("Div", g.op("Sub", x, g.op("Mod", x, y)), y)
+
+
 @converts(operator.getitem)
 def _getitem(g: GraphWriter, node: fx.Node) -> Value:
     source, index = node.args[:2]
     found = g.values[source]  # type: ignore[index]
-    assert isinstance(found, list) and isinstance(index, int)
+    assert isinstance(found, list)
+    assert isinstance(index, int)
     return found[index]

@@ -20,7 +20,8 @@ from sparsevila_compile import ops
 from sparsevila_compile.errors import GraphError, UserError
 from sparsevila_compile.graph_edit import value
 from sparsevila_compile.kernels.onnx_support import DOMAIN as DOMAIN
-from sparsevila_compile.kernels.onnx_support import DOMAIN_VERSION, IR_VERSION
+from sparsevila_compile.kernels.onnx_support import DOMAIN_VERSION as DOMAIN_VERSION
+from sparsevila_compile.kernels.onnx_support import IR_VERSION
 from sparsevila_compile.kernels.onnx_support import OPSET as OPSET
 from sparsevila_compile.onnx.aten import CONVERTERS
 from sparsevila_compile.onnx.canonical import EMITTED, ONNX_OPS, PURE_W4A16
