@@ -307,6 +307,7 @@ def test_dependencies_are_imported_as_said() -> None:
 ARTIFACT_FILES = {
     "processor/",
     "artifact.json",
+    "bundle.json",
     "recipe.json",
     "report.json",
     "generation_config.json",

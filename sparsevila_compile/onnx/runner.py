@@ -7,6 +7,8 @@ with ``ScatterND``, which then copies nothing but them.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch.utils.dlpack
 
 from sparsevila_compile.errors import UserError
 from sparsevila_compile.graph_json import dtype_of
+from sparsevila_compile.kernels.onnx_support import IR_VERSION, OPSET
 from sparsevila_compile.onnx.bundle import external_tensors
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -100,14 +103,32 @@ class OnnxRunner:
     def __init__(self, folder: Path, manifest: dict[str, Any], device: torch.device) -> None:
         self.device = device
         self._ort = runtime()
-        self._weights = _Weights(folder, device, self._ort)
         if device.type == "cuda":
-            self._ort.preload_dlls()  # from torch's own packages
+            self._start_cuda()
+        self._weights = _Weights(folder, device, self._ort)
         self._graphs = {
             name: self._open(folder / str(facts["file"]))
             for name, facts in manifest["graphs"].items()
         }
         self.components = frozenset(self._graphs)
+
+    def _providers(self) -> list[Any]:
+        if self.device.type == "cpu":
+            return [PROVIDERS["cpu"]]
+        return [(PROVIDERS["cuda"], {"device_id": str(self.device.index or 0)})]
+
+    def _start_cuda(self) -> None:
+        """Refuse where the provider does not start: ONNX Runtime itself would take the CPU."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._ort.preload_dlls()  # from torch's own packages; prints what it does not find
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 4
+        session = self._ort.InferenceSession(_nothing(), options, providers=self._providers())
+        started = session.get_providers()
+        if PROVIDERS["cuda"] not in started:
+            raise UserError(
+                f"provider cuda: {PROVIDERS['cuda']} does not start here (ONNX Runtime {self._ort.__version__} would take {', '.join(started)}); are its CUDA and cuDNN libraries installed?"
+            )
 
     def _open(self, file: Path) -> _Graph:
         options = self._ort.SessionOptions()
@@ -118,19 +139,13 @@ class OnnxRunner:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         for tensor in external_tensors(file):
             options.add_initializer(tensor.name, self._weights.value(tensor))
-        kind = PROVIDERS[self.device.type]
-        settings = {"device_id": str(self.device.index or 0)} if kind != PROVIDERS["cpu"] else {}
         try:
-            session = self._ort.InferenceSession(str(file), options, providers=[(kind, settings)])
+            session = self._ort.InferenceSession(str(file), options, providers=self._providers())
         except Exception as error:  # pybind exceptions with no common base but this
             first = str(error).strip().partition("\n")[0]
             raise UserError(
                 f"{file}: ONNX Runtime {self._ort.__version__} cannot run it: {first}"
             ) from error
-        if kind not in session.get_providers():
-            raise UserError(
-                f"provider {self.device.type}: {kind} does not start here (ONNX Runtime {self._ort.__version__} fell back to {', '.join(session.get_providers())}); are its CUDA and cuDNN libraries installed?"
-            )
         inputs = {v.name: _dtypes(v.type) for v in session.get_inputs()}
         outputs = tuple(v.name for v in session.get_outputs())
         binding = session.io_binding()
@@ -174,6 +189,19 @@ class OnnxRunner:
         graph.binding.bind_input(name, *where)
         if name + CACHE_OUT in graph.outputs:
             graph.binding.bind_output(name + CACHE_OUT, *where)
+
+
+def _nothing() -> bytes:
+    """The smallest model there is."""
+    from onnx import TensorProto, helper
+
+    ends = [[helper.make_tensor_value_info(n, TensorProto.FLOAT, [1])] for n in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "nothing", *ends)
+    opset = [helper.make_opsetid("", OPSET)]
+    model: bytes = helper.make_model(
+        graph, opset_imports=opset, ir_version=IR_VERSION
+    ).SerializeToString()
+    return model
 
 
 def _torch_dtype(code: int) -> torch.dtype:
