@@ -7,14 +7,20 @@ step. Medians and percentiles are over replays.
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+
+Setting = TypeVar("Setting")
 
 
 @dataclass(frozen=True)
@@ -114,3 +120,21 @@ def environment() -> dict[str, Any]:
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
         "commit": commit or "unknown",
     }
+
+
+def within(seconds: float, settings: Sequence[Setting]) -> Iterator[Setting]:
+    """Yield the settings until so many seconds (0: no limit) are over; print which are left out."""
+    start = time.monotonic()
+    for at, setting in enumerate(settings):
+        if seconds and time.monotonic() - start > seconds:
+            print(f"{seconds:g} s are over, not measured: {[str(s) for s in settings[at:]]}")
+            return
+        yield setting
+
+
+def save(path: Path, document: dict[str, Any]) -> None:
+    """Write the document as JSON, with the environment: the whole file or nothing."""
+    text = json.dumps({"environment": environment(), **document}, indent=1) + "\n"
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

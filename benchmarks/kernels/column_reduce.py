@@ -1,6 +1,6 @@
 """Attention column reduction against flash-colsum, all in one run.
 
-    python -m benchmarks.kernels.column_reduce --out column_reduce.json [--only TEXT]
+    python -m benchmarks.kernels.column_reduce --out column_reduce.json [--only TEXT] [--limit SECONDS]
 
 Ours is timed alone and with the rows' log-sum-exp given, as an attention's forward has it. A
 setting whose error against float64 exceeds that of eager code in bfloat16 is not timed. The floor
@@ -13,7 +13,6 @@ pictures nor shared keys: it gets pictures of one size as a batch, and keys repe
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import environment, relative_error, time_graph
+from benchmarks.timing import relative_error, save, time_graph, within
 from sparsevila_compile.ops import COLUMN_REDUCE
 
 DEVICE = torch.device("cuda")
@@ -46,6 +45,12 @@ class Setting:
     chosen: bool = False
     """Report the middle 90 % of the keys, by index, and weight the rows: as retrieval does."""
 
+    def __str__(self) -> str:
+        return (
+            f"{self.name} {self.batch}x{self.rows}x{self.length} "
+            f"{self.heads}/{self.kv_heads} D={self.dim}"
+        )
+
     @property
     def length(self) -> int:
         return self.keys or self.rows
@@ -64,6 +69,9 @@ SETTINGS = [
     Setting("encoder", 16, 16, 16, 577, 64),
     Setting("encoder", 1, 16, 16, 16_384, 80),
     Setting("encoder", 4, 12, 12, 2501, 96),
+    Setting("encoder", 5, 25, 25, 1025, 128),
+    Setting("encoder", 1, 16, 16, 3333, 80),
+    Setting("encoder packed", 24, 16, 16, 1000, 80, packed=True),
     Setting("retrieval", 1, 28, 4, 32, 128, 50_000),
     Setting("retrieval chosen", 1, 28, 4, 32, 128, 50_000, chosen=True),
     Setting("retrieval", 1, 28, 4, 128, 128, 100_000),
@@ -231,6 +239,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="", help="settings whose printed name contains this")
+    parser.add_argument("--limit", type=float, default=0, help="begin no setting after SECONDS")
     arguments = parser.parse_args()
     speed = rates()
     print(
@@ -241,10 +250,8 @@ def main() -> int:
         f"{'setting':44} {'ours':>9} {'with lse':>9} {'rival':>9} {'floor':>8}  errors, eager bf16"
     )
     results, failed = [], 0
-    for s in SETTINGS:
-        title = f"{s.name} {s.batch}x{s.rows}x{s.length} {s.heads}/{s.kv_heads} D={s.dim}"
-        if arguments.only not in title:
-            continue
+    for s in within(arguments.limit, [s for s in SETTINGS if arguments.only in str(s)]):
+        title = str(s)
         r = measure(s, speed)
         torch.cuda.empty_cache()
         results.append(r)
@@ -260,9 +267,7 @@ def main() -> int:
             f"{r['floor_us'] / r['ours_with_lse_us']:.0%} of the floor's rate",
             flush=True,
         )
-    arguments.out.write_text(
-        json.dumps({"environment": environment(), "rates": speed, "results": results}, indent=1)
-    )
+    save(arguments.out, {"rates": speed, "results": results})
     return 1 if failed else 0
 
 

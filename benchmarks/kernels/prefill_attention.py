@@ -1,6 +1,6 @@
 """Attention of many rows: chunks of a prompt against a KV cache, and packed or dense pictures.
 
-    python -m benchmarks.kernels.prefill_attention --out prefill_attention.json [--only TEXT]
+    python -m benchmarks.kernels.prefill_attention --out prefill_attention.json [--only TEXT] [--limit SECONDS]
 
 All sides in one run. A call of ours on a cache includes writing the new keys and values; its
 lengths, and the bounds of packed segments, stay on the device. The rivals are told their lengths on
@@ -13,7 +13,6 @@ here. A setting whose result is off is not timed.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.timing import Timing, environment, relative_error, time_events, time_graph
+from benchmarks.timing import Timing, relative_error, save, time_events, time_graph, within
 from sparsevila_compile.ops import ATTENTION, CACHED_ATTENTION
 
 DEVICE = torch.device("cuda")
@@ -81,6 +80,9 @@ SETTINGS = [
     Setting("segments 48 x 4096", 48, 4096, packed=True, heads=16, kv_heads=16, dim=80),
     Setting("segments 192 x 1024", 192, 1024, packed=True, heads=16, kv_heads=16, dim=80),
     Setting("segments 64 x 1000", 64, 1000, packed=True, heads=16, kv_heads=16, dim=64),
+    Setting("segments 170 x 577", 170, 577, packed=True, heads=16, kv_heads=16, dim=80),
+    Setting("segments 1 x 4096", 1, 4096, packed=True, heads=16, kv_heads=16, dim=80),
+    Setting("segments 9 x 1025", 9, 1025, packed=True, heads=25, kv_heads=25, dim=128),
     Setting("CLIP 64 x 577", 64, 577, heads=16, kv_heads=16, dim=64),
     Setting("SigLIP 64 x 729", 64, 729, heads=16, kv_heads=16, dim=72),
 ]
@@ -250,6 +252,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the results here, as JSON")
     parser.add_argument("--only", default="", help="settings whose name contains this")
+    parser.add_argument("--limit", type=float, default=0, help="begin no setting after SECONDS")
     args = parser.parse_args()
     torch.manual_seed(0)
     flop_rate, byte_rate = limits()
@@ -257,16 +260,12 @@ def main() -> int:
         f"bf16 product {flop_rate / 1e12:.0f} TFLOP/s, copy {byte_rate / 1e12:.2f} TB/s", flush=True
     )
     results = []
-    for setting in SETTINGS:
-        if args.only in setting.name:
-            results.append(measure(setting, flop_rate, byte_rate))
-            print(line(results[-1]), flush=True)
-            torch.cuda.empty_cache()
+    for setting in within(args.limit, [s for s in SETTINGS if args.only in s.name]):
+        results.append(measure(setting, flop_rate, byte_rate))
+        print(line(results[-1]), flush=True)
+        torch.cuda.empty_cache()
     if args.out is not None:
-        document = {
-            **environment(), "flop_per_s": flop_rate, "bytes_per_s": byte_rate, "results": results
-        }  # fmt: skip
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
+        save(args.out, {"flop_per_s": flop_rate, "bytes_per_s": byte_rate, "results": results})
     return 1 if any("failed" in result for result in results) else 0
 
 

@@ -1,6 +1,6 @@
 """Selection of tokens against ``torch.topk`` and a sort of what it finds, all in one run.
 
-    python -m benchmarks.kernels.select_tokens --out select_tokens.json
+    python -m benchmarks.kernels.select_tokens --out select_tokens.json [--limit SECONDS]
 
 A result that differs from the reference's by one index is not timed. The rival takes segments of
 one length as rows, leaves ties open and does not turn rows into indices of the flat scores. The
@@ -10,7 +10,6 @@ floor is the time to read the scores and write the indices once at 4 TB/s, and o
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import environment, time_graph
+from benchmarks.timing import save, time_graph, within
 from sparsevila_compile.ops import SELECT_TOKENS
 
 DEVICE = torch.device("cuda")
@@ -42,6 +41,9 @@ SETTINGS = [
     Setting("retrieval, 28 layers of 8 prompts", 224, 12_288, 1229),
     Setting("pictures", 64, 256, 64),
     Setting("frames", 256, 196, 49),
+    Setting("pictures, odd", 97, 729, 183),
+    Setting("retrieval, 36 layers", 36, 12_345, 1235),
+    Setting("retrieval, 64 layers", 64, 49_173, 4917),
     Setting("one long video", 1, 196_608, 49_152),
 ]
 
@@ -70,18 +72,22 @@ def measure(s: Setting) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--limit", type=float, default=0, help="begin no setting after SECONDS")
     arguments = parser.parse_args()
     print(f"{'setting':52} {'ours':>8} {'topk':>8} {'floor':>6}  us")
-    results = [measure(s) for s in SETTINGS]
-    for r in results:
+    results: list[dict[str, Any]] = []
+    for s in within(arguments.limit, SETTINGS):
+        r = measure(s)
+        results.append(r)
         title = f"{r['name']}: {r['keep']} of {r['segments']} x {r['length']}"
         if "failed" in r:
-            print(f"{title:52} FAILED: {r['failed']}")
+            print(f"{title:52} FAILED: {r['failed']}", flush=True)
             continue
-        print(f"{title:52} {r['ours_us']:8.1f} {r['topk_sort_us']:8.1f} {r['floor_us']:6.1f}")
-    arguments.out.write_text(
-        json.dumps({"environment": environment(), "results": results}, indent=1)
-    )
+        print(
+            f"{title:52} {r['ours_us']:8.1f} {r['topk_sort_us']:8.1f} {r['floor_us']:6.1f}",
+            flush=True,
+        )
+    save(arguments.out, {"results": results})
     return 1 if any("failed" in r for r in results) else 0
 
 
