@@ -133,7 +133,7 @@ def _hidden(served: Served, error: NotAForward, gm: fx.GraphModule, inputs: list
     if served.settled:
         return _refusal(f"backend sparsevila: {why}; {error.change}")
     served.every_pass(why, error.change)
-    served.dense = error.broken
+    served.dense = True  # for good: a cache that this forward fills is of no use to the engine
     return _plain(served.settings, gm, inputs)
 
 

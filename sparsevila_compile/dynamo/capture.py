@@ -20,6 +20,7 @@ from sparsevila_compile.dynamo.adapter import Sizes, source_of
 from sparsevila_compile.families import Family
 
 _PAST = re.compile(r"\['past_key_values'\]\.layers\[\d+\]\.(keys|values)$")
+_WINDOW = re.compile(r"\['past_key_values'\]\.layers\[\d+\]\._sliding_window_tensor$")
 _FEATURES = re.compile(r"\['mm_encoder_outputs'\]\['(\w+)'\].*pooler_output")
 _WEIGHT = re.compile(r"\._(parameters|buffers)\[|\._modules\[.*\]\.\w+$")
 _ARGUMENT = re.compile(r"\['(\w+)'\]$")
@@ -88,6 +89,8 @@ def recognise(gm: fx.GraphModule, family: Family, text: Any) -> Forward:
         named = _ARGUMENT.search(source)
         if not isinstance(node.meta.get("example_value"), torch.Tensor):
             continue
+        if _WINDOW.search(source):
+            continue  # a layer's window as a tensor: the program knows it
         if _WEIGHT.search(source):
             weights.add(node)
         elif _PAST.search(source):

@@ -271,8 +271,9 @@ class Served:
         conversation, columns = self._place(past, len(ids))
         logits = conversation.forward(ids, mask, positions, pictures, columns)
         self.report.usage = conversation.usage
-        place = Place(conversation, conversation.columns, len(conversation.cuts))
         shapes = [forward.sizes.shape(s, args) for role, s in forward.outputs if role == "cache"]
+        shown = max(shape[2] for shape in shapes)
+        place = Place(conversation, conversation.columns, len(conversation.cuts), shown)
         caches = iter(stand_in(place, shapes, logits.dtype, logits.device))
         return [
             logits if role == "logits" else may_vary(next(caches), 2)
@@ -295,12 +296,7 @@ class Served:
             )
         if place.conversation.engine is not self._engine:
             raise UserError("past_key_values belongs to another compiled model; ask without it")
-        columns = max(int(t.shape[2]) for t in past)
-        windowed = any(spec.window for spec in self._engine.program.caches)
-        if windowed:  # layers with a window show its length, not how much was cached
-            columns = place.columns
-        place.check(columns)
-        return place.conversation, columns
+        return place.conversation, place.used(max(int(t.shape[2]) for t in past))
 
 
 def _inputs_of(modality: Modality) -> list[str]:

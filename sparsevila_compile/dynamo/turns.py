@@ -182,19 +182,30 @@ class Place:
     Attributes:
         columns: how many columns it has.
         cuts: roll-backs of the conversation when it was made.
+        shown: columns that its longest layer shows; a layer with a window shows that much at most.
     """
 
     conversation: StepConversation
     columns: int
     cuts: int
+    shown: int
 
-    def check(self, columns: int) -> None:
-        """Whether the first ``columns`` of this state are still what the conversation holds.
+    def used(self, shown: int) -> int:
+        """How many columns of this state a cache that shows ``shown`` of them uses.
 
         Raises:
-            UserError: another copy of this cache was cut and continued differently.
+            UserError: they are not what the conversation holds any more: another copy of this cache
+                was cut and continued differently.
         """
+        columns = shown
+        if self.shown < self.columns:  # every layer has a window
+            if shown != self.shown:
+                raise UserError(
+                    "past_key_values was cut, which a model with a sliding window in every layer cannot follow; ask without past_key_values"
+                )
+            columns = self.columns
         if any(cut < columns for cut in self.conversation.cuts[self.cuts :]):
             raise UserError(
                 "past_key_values is out of date: the same cache was cut and continued by another prompt; ask without past_key_values"
             )
+        return columns
