@@ -24,8 +24,8 @@ OPSET = 21
 IR_VERSION = 10
 """The first with overloads of functions."""
 
-LOWEST = float(np.finfo(np.float32).min)
-"""Score of a key that a row does not see: finite, so that a row which sees none has no NaN."""
+HIDDEN = -1e30
+"""Added to the score of a key that a row does not see: finite, so that one that sees none has no NaN."""
 
 FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 INTEGERS = ["tensor(int32)", "tensor(int64)"]
@@ -172,8 +172,7 @@ class OnnxOp:
         made = self.body(b, given, chosen)
         if len(made) != len(self.outputs):
             raise ValueError(f"{self.name}: the body has {len(made)} outputs")
-        for port, value in zip(self.outputs, made, strict=True):
-            b.nodes.append(helper.make_node("Identity", [value], [port.name]))
+        self._name_outputs(b, made)
         return helper.make_function(
             DOMAIN,
             self.name,
@@ -185,6 +184,19 @@ class OnnxOp:
             overload=self.overload(given, chosen),
             doc_string=self.doc,
         )
+
+    def _name_outputs(self, b: Body, made: Sequence[str]) -> None:
+        """The values made get the names of the outputs: a node between would copy whole caches."""
+        inputs = {p.name for p in self.inputs}
+        names = {}
+        for port, value in zip(self.outputs, made, strict=True):
+            if value in inputs or value in names:
+                b.nodes.append(helper.make_node("Identity", [value], [port.name]))
+            else:
+                names[value] = port.name
+        for node in b.nodes:
+            node.input[:] = [names.get(x, x) for x in node.input]
+            node.output[:] = [names.get(x, x) for x in node.output]
 
     def node(
         self, inputs: Sequence[str], outputs: Sequence[str], attributes: dict[str, Any]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..attention.onnx import segment_bounds
-from ..onnx_support import LOWEST, Body, OnnxOp, Port
+from ..onnx_support import HIDDEN, Body, OnnxOp, Port
 
 
 def _body(b: Body, given: frozenset[str], chosen: dict[str, Any]) -> tuple[str]:
@@ -77,7 +77,7 @@ def _body(b: Body, given: frozenset[str], chosen: dict[str, Any]) -> tuple[str]:
         # A NaN, of a key that holds anything or of a row without a weight, goes nowhere.
         visible = b.op("And", visible, finite)
     else:
-        share = b.op("Softmax", b.op("Where", visible, scores, b.number(LOWEST)), axis=-1)
+        share = b.op("Softmax", b.op("Where", visible, scores, b.number(HIDDEN)), axis=-1)
     visible = b.op("And", visible, b.flip(b.op("Equal", weights, zero)))
     share = b.op("Where", visible, b.op("Mul", share, weights), zero)
     sums = b.op("ReduceSum", share, b.constant([2]), keepdims=0)  # [B, Hq, N or V]
