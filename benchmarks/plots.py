@@ -107,7 +107,9 @@ def kernel_plot(name: str, found: list[Group], file: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.17 * len(found) * (len(sides) + 1)))
     high = 0.8 / len(sides)
     for i, side in enumerate(sides):
-        at = [(n + i * high, g.floor / g.times[side]) for n, g in enumerate(found) if side in g.times]
+        at = [
+            (n + i * high, g.floor / g.times[side]) for n, g in enumerate(found) if side in g.times
+        ]
         axes.barh([y for y, _ in at], [x for _, x in at], high, label=side)
     axes.set_yticks([n + 0.4 - high / 2 for n in range(len(found))], [g.label for g in found])
     axes.invert_yaxis()

@@ -250,7 +250,7 @@ def test_refusals_of_families() -> None:
 # ---------------------------------------------------------------------- dependencies
 
 IMPORT_NAMES = {"pyyaml": "yaml", "pillow": "PIL", "onnxruntime-gpu": "onnxruntime"}
-COME_ALONG = {"numpy", "jinja2"}
+COME_ALONG = {"numpy", "jinja2", "sympy"}
 
 
 def _requirements() -> tuple[list[str], list[str]]:
