@@ -3,7 +3,8 @@
 ========================  =======================================================================
 rows of x                 kernel
 ========================  =======================================================================
-up to ``FEW_ROWS``        :mod:`.few_rows`: one kernel, the weight read once
+up to ``FEW_ROWS``        :mod:`.stream_rows` (Hopper, group size 128) or :mod:`.few_rows`: one
+                          kernel, the weight read once
 up to ``MID_ROWS``        :mod:`.mid_rows`: x reordered, ``wgmma``, split channels added (Hopper)
 more                      :mod:`.dequantize`, then the library's 16-bit product
 float32 x, any number     :mod:`.full_precision`
@@ -35,6 +36,7 @@ from .full_precision import full_few_rows, full_many_rows
 from .mid_rows import add_splits, mid_rows, reorder_x
 from .packing import GROUP_SIZES
 from .reference import ACTIVATION_DTYPES, check_args
+from .stream import stream, stream_tiles, streams
 
 FEW_ROWS = 8
 """Up to this many rows of x, decode above all, the kernel for a few rows takes them."""
@@ -164,6 +166,11 @@ def _early(early: bool) -> dict[str, Any]:
 
 def _few(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     outputs, groups = weight.outputs, weight.groups
+    if streams(x.device, x.dtype, weight.group_size, groups):
+        streamed = stream_tiles(x.shape[0], outputs, groups, processors(x.device))
+        if streamed is not None:
+            stream(x, weight.qweight, weight.scales, weight.zero_points, bias, out, streamed)
+            return
     tiles = few_tiles(x.shape[0], outputs, groups, processors(x.device))
     hopper = _hopper(x)
     few_rows[(cdiv(outputs, tiles.outputs),)](
@@ -316,6 +323,12 @@ def _full(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch
     )
 
 
+def _copyable(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, and where copies of tiles may start: at a multiple of 16 bytes."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
 def w4a16_linear(
     x: torch.Tensor,
     qweight: torch.Tensor,
@@ -342,10 +355,7 @@ def w4a16_linear(
     out = torch.empty((rows, outputs), dtype=out_dtype, device=x.device)
     if out.numel() == 0:
         return out.to(x.dtype).view(*x.shape[:-1], outputs)
-    codes = qweight.contiguous()
-    if codes.data_ptr() % 16:  # prefetches and copies of tiles start at multiples of 16 bytes
-        codes = codes.clone()
-    weight = Weight(codes, scales.contiguous(), zero_points.contiguous(), group_size)
+    weight = Weight(_copyable(qweight), _copyable(scales), _copyable(zero_points), group_size)
     if bias is not None:
         bias = bias.contiguous()
     if x.dtype == torch.float32:

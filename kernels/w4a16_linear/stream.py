@@ -1,0 +1,91 @@
+"""When :mod:`.stream_rows` takes a linear, with what sizes, and its launch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..dependent_launch import launch_options
+from ..gluon_support import hopper_only
+from ..triton_support import cdiv, next_power_of_2
+from .stream_rows import GROUP, layouts, stream_rows
+
+LONG = 64
+"""Groups from which on a row of the weight is worth several warps."""
+
+WIDE = 16384
+"""Outputs from which on a program takes more than one tile of them."""
+
+
+class StreamTiles(NamedTuple):
+    """Sizes of :func:`.stream_rows.stream_rows`; named as there."""
+
+    tokens: int  # A
+    eights: int  # R
+    warps: int
+    stages: int
+    share: int
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the weight in a tile."""
+        return self.eights * self.tokens
+
+
+def stream_tiles(rows: int, outputs: int, groups: int, multiprocessors: int) -> StreamTiles | None:
+    """Sizes for ``rows`` tokens and a weight of ``outputs`` rows of ``groups`` groups; measured.
+
+    None where there are too few outputs for a tile.
+    """
+    tokens = next_power_of_2(rows)
+    eights, warps, stages = (8, 4, 2) if tokens == 1 else (4, 4, 3)
+    tile = eights * tokens
+    if tile > outputs:
+        return None
+    share = tile * cdiv(outputs, tile * 6 * multiprocessors)
+    return StreamTiles(tokens, eights, warps, stages, min(share, outputs))
+
+
+def streams(device: torch.device, dtype: torch.dtype, group_size: int, groups: int) -> bool:
+    """Whether the kernel takes such a linear: else :mod:`.few_rows` does."""
+    return (
+        hopper_only(device) is None
+        and dtype in (torch.bfloat16, torch.float16)
+        and group_size == GROUP
+        and groups % 4 == 0  # zero points are copied four at a time
+    )
+
+
+def stream(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    tiles: StreamTiles,
+) -> None:
+    """Launch with those sizes. All contiguous, the stored ones at multiples of 16 bytes."""
+    outputs, groups = scales.shape
+    stream_rows[(cdiv(outputs, tiles.share),)](
+        x,
+        qweight.view(torch.int16),
+        scales,
+        zero_points,
+        out if bias is None else bias,
+        out,
+        x.shape[0],
+        outputs,
+        x.stride(0),
+        tiles.share,
+        GROUPS=groups,
+        HAS_BIAS=bias is not None,
+        A=tiles.tokens,
+        R=tiles.eights,
+        W=tiles.warps,
+        STAGES=tiles.stages,
+        num_warps=tiles.warps,
+        **layouts(tiles.tokens, tiles.eights, tiles.warps),
+        **launch_options(x.device),
+    )
