@@ -107,7 +107,7 @@ class OnnxRunner:
             self._start_cuda()
         self._weights = _Weights(folder, device, self._ort)
         self._graphs = {
-            name: self._open(folder / str(facts["file"]))
+            name: self._open(name, folder / str(facts["file"]))
             for name, facts in manifest["graphs"].items()
         }
         self.components = frozenset(self._graphs)
@@ -115,7 +115,12 @@ class OnnxRunner:
     def _providers(self) -> list[Any]:
         if self.device.type == "cpu":
             return [PROVIDERS["cpu"]]
-        return [(PROVIDERS["cuda"], {"device_id": str(self.device.index or 0)})]
+        settings = {
+            "device_id": str(self.device.index or 0),
+            # As torch does, whose setting this is: ONNX Runtime would round products' inputs.
+            "use_tf32": str(int(torch.backends.cuda.matmul.allow_tf32)),
+        }
+        return [(PROVIDERS["cuda"], settings)]
 
     def _start_cuda(self) -> None:
         """Refuse where the provider does not start: ONNX Runtime itself would take the CPU."""
@@ -130,15 +135,19 @@ class OnnxRunner:
                 f"provider cuda: {PROVIDERS['cuda']} does not start here (ONNX Runtime {self._ort.__version__} would take {', '.join(started)}); are its CUDA and cuDNN libraries installed?"
             )
 
-    def _open(self, file: Path) -> _Graph:
+    def _open(self, component: str, file: Path) -> _Graph:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
         # Sessions take turns with each other and with torch: threads that spin while they wait
         # would take the processors from those that work.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        for tensor in external_tensors(file):
+        tensors = external_tensors(file)
+        for tensor in tensors:
             options.add_initializer(tensor.name, self._weights.value(tensor))
+        if component == "decode" and all(_is_float(t) for t in tensors):
+            # A rearranged copy of the weights of its own would help products of many rows only.
+            options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             session = self._ort.InferenceSession(str(file), options, providers=self._providers())
         except Exception as error:  # pybind exceptions with no common base but this
@@ -210,6 +219,11 @@ def _torch_dtype(code: int) -> torch.dtype:
 
     name = TensorProto.DataType.Name(code).lower()
     return dtype_of(_TORCH_NAMES.get(name, name))
+
+
+def _is_float(tensor: Any) -> bool:
+    """Whether a TensorProto holds floats, not the codes of a quantized weight."""
+    return _torch_dtype(tensor.data_type).is_floating_point
 
 
 def _dtypes(kind: str) -> tuple[torch.dtype, int]:
