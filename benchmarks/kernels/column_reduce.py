@@ -211,6 +211,7 @@ def measure(s: Setting, speed: dict[str, float]) -> dict[str, Any]:
         outs.append(other())
     eager, ours, with_lse, *theirs = errors(s, first, outs)
     result: dict[str, Any] = asdict(s) | {
+        "name": str(s),
         "error": ours,
         "error_with_lse": with_lse,
         "error_eager_bf16": eager,

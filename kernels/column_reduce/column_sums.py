@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import no_type_check
 
 from ..triton_support import tl, triton
-from .tiles import LSE_UNIT, SIZES, find_segment, load_held, narrow, place, scores, to_registers
+from .tiles import (
+    LSE_UNIT,
+    SIZES,
+    find_segment,
+    first_of,
+    load_held,
+    narrow,
+    place,
+    scores,
+    step_of,
+    to_registers,
+)
 
 
 @triton.jit
@@ -164,15 +175,15 @@ def column_sums_kernel(
         first, end = _used_rows(weights, weights_at, weights_row, first, end, AT_ONCE)
     end = tl.where(tl.max(exists.to(tl.int32), 0) > 0, end, first)
 
-    k_base = k + b * (k_batch * UNIT) + (g * HEADS // SHARING).to(tl.int64) * (k_head * UNIT)
-    k_at = (n.to(tl.int64) if WIDE else n) * (k_row * UNIT)
+    k_base = k + first_of(b, k_batch, g * HEADS // SHARING, k_head, UNIT)
+    k_at = (n.to(tl.int64) if WIDE else n) * step_of(k_row, UNIT, WIDE)
     held = load_held(k_base, k_at, exists, k_dim, False, DIM, 0, PART)
     held_more = load_held(k_base, k_at, exists, k_dim, False, DIM, PART, MORE)
     if REGISTERS:
         held = to_registers(held, PART, PRECISION)
         if MORE > 0:
             held_more = to_registers(held_more, MORE, PRECISION)
-    q_base = q + b * (q_batch * UNIT) + (g * HEADS).to(tl.int64) * (q_head * UNIT)
+    q_base = q + first_of(b, q_batch, g * HEADS, q_head, UNIT)
     lse_base = lse + group.to(tl.int64) * (lse_group * LSE_UNIT)
     zeros = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     sums = tl.zeros([BLOCK_N, 8], tl.float32)
@@ -190,7 +201,7 @@ def column_sums_kernel(
         sums += _tile_sums(
             held, held_more, zeros, q_base, r0 + tl.arange(0, BLOCK_R), stop, n, start_at,
             weights, weights_at, weights_row, lse_base,
-            q_head * UNIT, q_row * UNIT, q_dim, scale_log2,
+            step_of(q_head, UNIT, WIDE), step_of(q_row, UNIT, WIDE), q_dim, scale_log2,
             HEADS, WEIGHTED, True, CAUSAL, WIDE, DIM, PART, MORE,
             BLOCK_R, BLOCK_N, PRECISION,
         )  # fmt: skip
@@ -199,7 +210,7 @@ def column_sums_kernel(
         sums += _tile_sums(
             held, held_more, zeros, q_base, r, stop, n, start_at,
             weights, weights_at, weights_row, lse_base,
-            q_head * UNIT, q_row * UNIT, q_dim, scale_log2,
+            step_of(q_head, UNIT, WIDE), step_of(q_row, UNIT, WIDE), q_dim, scale_log2,
             HEADS, WEIGHTED, False, CAUSAL, WIDE, DIM, PART, MORE,
             BLOCK_R, BLOCK_N, PRECISION,
         )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import no_type_check
 
 from ..triton_support import dot, tl, triton
-from .tiles import LSE_UNIT, SIZES, load_held, load_part, place
+from .tiles import LSE_UNIT, SIZES, first_of, load_held, load_part, place, step_of
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -74,8 +74,13 @@ def few_rows_kernel(
     minus = tl.load(
         lse + group.to(tl.int64) * (lse_group * LSE_UNIT) + r, mask=used, other=float("inf")
     )
-    q_base = q + b * (q_batch * UNIT) + (g * HEADS).to(tl.int64) * (q_head * UNIT)
-    q_at = place(r.to(tl.int64) if WIDE else r, HEADS, q_head * UNIT, q_row * UNIT)
+    q_base = q + first_of(b, q_batch, g * HEADS, q_head, UNIT)
+    q_at = place(
+        r.to(tl.int64) if WIDE else r,
+        HEADS,
+        step_of(q_head, UNIT, WIDE),
+        step_of(q_row, UNIT, WIDE),
+    )
     held = load_part(q_base, q_at, used, q_dim, False, DIM, 0, PART)
     if MORE > 0:
         held_more = load_part(q_base, q_at, used, q_dim, False, DIM, PART, MORE)
@@ -86,7 +91,7 @@ def few_rows_kernel(
         last = tl.load(q_start + b).to(tl.int32) + r // HEADS
         seen_by_all = tl.min(tl.where(used, last, keys), 0)
 
-    k_base = k + b * (k_batch * UNIT) + (g * HEADS // SHARING).to(tl.int64) * (k_head * UNIT)
+    k_base = k + first_of(b, k_batch, g * HEADS // SHARING, k_head, UNIT)
     out_base = out + (row_block * (batch * GROUPS) + group).to(tl.int64) * width
     zeros = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     # Columns that a row can see, shared by the programs in whole blocks; the rest are zeros.
@@ -108,7 +113,7 @@ def few_rows_kernel(
         inner = start + tl.maximum(inner - start, 0) // BLOCK_N * BLOCK_N
     for j0 in tl.range(start, inner, BLOCK_N, num_stages=STAGES):
         n = j0 + tl.arange(0, BLOCK_N)
-        k_at = (n.to(tl.int64) if WIDE else n) * (k_row * UNIT)
+        k_at = (n.to(tl.int64) if WIDE else n) * step_of(k_row, UNIT, WIDE)
         # As below, but without any mask: the loop in which the time goes.
         s = dot(load_held(k_base, k_at, n, k_dim, True, DIM, 0, PART), held, zeros, PRECISION)
         if MORE > 0:
@@ -125,7 +130,7 @@ def few_rows_kernel(
             column_at = b * columns_batch + j.to(tl.int64) * columns_row
             n = tl.load(columns + column_at, mask=j < stop, other=-1).to(tl.int32)
         exists = (n >= 0) & (n < end_key) & (j < stop)
-        k_at = (n.to(tl.int64) if WIDE else n) * (k_row * UNIT)
+        k_at = (n.to(tl.int64) if WIDE else n) * step_of(k_row, UNIT, WIDE)
         tile = load_held(k_base, k_at, exists, k_dim, False, DIM, 0, PART)
         s = dot(tile, held, zeros, PRECISION)
         if MORE > 0:

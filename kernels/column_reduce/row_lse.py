@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import no_type_check
 
 from ..triton_support import tl, triton
-from .tiles import LSE_UNIT, SIZES, find_segment, load_held, narrow, place, scores, to_registers
+from .tiles import (
+    LSE_UNIT,
+    SIZES,
+    find_segment,
+    first_of,
+    load_held,
+    narrow,
+    place,
+    scores,
+    step_of,
+    to_registers,
+)
 
 
 @triton.jit
@@ -113,16 +124,21 @@ def row_lse_kernel(
         tl.store(lse + out, tl.full([BLOCK_R], nothing, tl.float32), mask=used)
         return
 
-    q_base = q + b * (q_batch * UNIT) + (g * HEADS).to(tl.int64) * (q_head * UNIT)
-    q_at = place(r.to(tl.int64) if WIDE else r, HEADS, q_head * UNIT, q_row * UNIT)
+    q_base = q + first_of(b, q_batch, g * HEADS, q_head, UNIT)
+    q_at = place(
+        r.to(tl.int64) if WIDE else r,
+        HEADS,
+        step_of(q_head, UNIT, WIDE),
+        step_of(q_row, UNIT, WIDE),
+    )
     held = load_held(q_base, q_at, used, q_dim, False, DIM, 0, PART)
     held_more = load_held(q_base, q_at, used, q_dim, False, DIM, PART, MORE)
     if REGISTERS:
         held = to_registers(held, PART, PRECISION)
         if MORE > 0:
             held_more = to_registers(held_more, MORE, PRECISION)
-    k_base = k + b * (k_batch * UNIT) + (g * HEADS // SHARING).to(tl.int64) * (k_head * UNIT)
-    k_step = k_row * UNIT
+    k_base = k + first_of(b, k_batch, g * HEADS // SHARING, k_head, UNIT)
+    k_step = step_of(k_row, UNIT, WIDE)
 
     # Every row's exponents are taken relative to its greatest score of the first block. If a later
     # one is so much greater that the sum leaves float32, all is done again with a running maximum.

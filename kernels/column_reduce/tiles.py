@@ -35,6 +35,23 @@ def split_dim(dim: int) -> tuple[int, int]:
 
 @triton.jit
 @no_type_check
+def first_of(b, batch_stride, head, head_stride, UNIT: tl.constexpr):
+    """Offset of a batch entry's head, in 64 bits: strides are 32-bit numbers of units, which times
+    UNIT may not be."""
+    return (b.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride) * UNIT
+
+
+@triton.jit
+@no_type_check
+def step_of(stride, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    """A stride in values. WIDE: in 64 bits, as is then whatever it is multiplied by."""
+    if WIDE:
+        return stride.to(tl.int64) * UNIT
+    return stride * UNIT
+
+
+@triton.jit
+@no_type_check
 def place(r, HEADS: tl.constexpr, head, row):
     """Offset of entry ``r`` of the list of rows: head ``r % HEADS`` and row ``r // HEADS``."""
     if HEADS == 1:

@@ -113,7 +113,7 @@ def column_reduce_triton(
         "CAUSAL": causal,
         "LENGTHS": k_lens is not None,
         "UNIT": unit,
-        "WIDE": _wide(q) or _wide(k),
+        "WIDE": _wide(q, sharing) or _wide(k, 1),
         "DIM": dim,
         "PART": part,
         "MORE": more,
@@ -234,6 +234,9 @@ def _strides(x: Tensor, unit: int) -> list[int]:
     return [*(s // unit for s in x.stride()[:3]), x.stride(3)]
 
 
-def _wide(x: Tensor) -> bool:
-    """Whether offsets within one batch entry and head pass 2^31."""
-    return (x.shape[2] - 1) * x.stride(2) + (x.shape[3] - 1) * x.stride(3) >= 2**31 - 2**20
+def _wide(x: Tensor, heads: int) -> bool:
+    """Whether offsets from a batch entry's first of so many heads pass 2^31."""
+    farthest = (
+        (heads - 1) * x.stride(1) + (x.shape[2] - 1) * x.stride(2) + (x.shape[3] - 1) * x.stride(3)
+    )
+    return farthest >= 2**31 - 2**20

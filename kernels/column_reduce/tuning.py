@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 
 from ..triton_support import cdiv, next_power_of_2
+from .tiles import split_dim
 
 Tile = dict[str, int]
 """Constants of a kernel: BLOCK_R, BLOCK_N, STAGES, maybe REGISTERS, and options of the launch."""
@@ -35,8 +36,11 @@ def sums_tile(rows: int, dim: int, dtype: torch.dtype, hopper: bool) -> Tile:
     if dtype == torch.float32 or dim > 128 or not hopper:
         return _plain_tile(rows, dim, dtype) | {"REGISTERS": 0}
     tile = {"BLOCK_R": 64, "BLOCK_N": 128, "num_warps": 4}
-    # Putting the columns into registers pays where it is done once for many rows.
-    return tile | ({"STAGES": 3, "REGISTERS": 1} if rows >= 1024 else {"STAGES": 2, "REGISTERS": 0})
+    if rows < 1024:
+        return tile | {"STAGES": 2, "REGISTERS": 0}
+    # Putting the columns into registers pays where it is done once for many rows. Triton 3.6 makes
+    # wrong code of it, for reasons not found, where the second part is 32 wide (dims 81 to 96).
+    return tile | {"STAGES": 3, "REGISTERS": int(split_dim(dim)[1] != 32)}
 
 
 def few_rows_tile(rows: int, dim: int, dtype: torch.dtype, hopper: bool, gather: bool) -> Tile:

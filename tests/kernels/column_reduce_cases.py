@@ -210,7 +210,7 @@ def with_lse(c: Case) -> Case:
 
 def rising(c: Case) -> Case:
     """Every row's first keys score next to nothing, its last ones far more than exp can express."""
-    size = torch.linspace(0, 1, c.k.shape[2]).pow(4)[:, None]
+    size = torch.linspace(0, 1, c.k.shape[2], device=c.k.device).pow(4)[:, None]
     q = c.q.abs()
     return replace(c, q=q, k=(c.k.abs() * size).to(c.k.dtype), scale=300 / c.q.shape[3])
 
@@ -326,80 +326,4 @@ CASES: dict[str, Callable[[], Case]] = {
         ),
         [160, 100],
     ),
-}
-
-
-def on_gpu(
-    batch: int,
-    heads_q: int,
-    heads_kv: int,
-    rows: int,
-    keys: int,
-    dim: int,
-    dtype: torch.dtype = BF16,
-    **rest: Any,
-) -> Case:
-    make = torch.Generator("cuda").manual_seed(0)
-    q = torch.randn(batch, rows, heads_q, dim, device="cuda", generator=make)
-    k = torch.randn(batch, keys, heads_kv, dim, device="cuda", generator=make)
-    moved = {n: v.cuda() if isinstance(v, Tensor) else v for n, v in rest.items()}
-    q, k = (x.to(dtype).transpose(1, 2) for x in (q, k))
-    return Case(q, k, scale=2 / math.sqrt(dim), **moved)
-
-
-def question(rows: int, keys: int, batch: int = 1, heads: str = "mean") -> Case:
-    """The last rows of a long prompt, asking for the middle 90 % of the cache."""
-    columns = torch.arange(keys // 20, keys - keys // 20).expand(batch, -1)
-    lens = torch.tensor([keys - 17 * b for b in range(batch)])
-    return on_gpu(
-        *(batch, 28, 4, rows, keys, 128),
-        causal=True,
-        q_start=lens - rows,
-        k_lens=lens,
-        columns=columns,
-        heads=heads,
-    )
-
-
-def known(c: Case) -> Case:
-    """The case with its row_lse, from one head's scores at a time; not for packed ones."""
-    lse = torch.empty(c.q.shape[:3], device="cuda")
-    sharing = c.q.shape[1] // c.k.shape[1]
-    key = torch.arange(c.k.shape[2], device="cuda")
-    for b in range(c.q.shape[0]):
-        for h in range(c.q.shape[1]):
-            scores = c.q[b, h].float() @ c.k[b, h // sharing].float().T * c.scale
-            if c.q_start is not None:
-                last = c.q_start[b] + torch.arange(c.q.shape[2], device="cuda")
-                scores.masked_fill_(key > last[:, None], float("-inf"))
-            lse[b, h] = scores.logsumexp(-1)
-    return replace(c, row_lse=lse)
-
-
-FULL_SIZE: dict[str, Callable[[], Case]] = {
-    "encoder-4096": lambda: on_gpu(1, 16, 16, 4096, 4096, 80),
-    "encoder-4096-fp16": lambda: on_gpu(1, 16, 16, 4096, 4096, 80, FP16),
-    "encoder-4096-fp32": lambda: on_gpu(1, 16, 16, 4096, 4096, 80, torch.float32),
-    "encoder-4096-lse": lambda: known(on_gpu(1, 16, 16, 4096, 4096, 80)),
-    "encoder-2501-dim96": lambda: on_gpu(2, 12, 12, 2501, 2501, 96),
-    "encoder-1500-dim128": lambda: on_gpu(2, 8, 8, 1500, 1500, 128),
-    "encoder-packed": lambda: on_gpu(
-        1, 16, 16, 4096, 4096, 80, cu_seqlens=torch.tensor([0, 1000, 1000, 1064, 2500, 4090])
-    ),
-    "encoder-cls": lambda: on_gpu(
-        8, 16, 16, 577, 577, 64, row_weights=torch.eye(577)[:1].expand(8, -1)
-    ),
-    "images-64x1024": lambda: on_gpu(64, 16, 16, 1024, 1024, 80),
-    "images-64x1024-packed": lambda: on_gpu(
-        1, 16, 16, 65536, 65536, 80, cu_seqlens=torch.arange(0, 65537, 1024)
-    ),
-    "frames-256x729": lambda: on_gpu(256, 16, 16, 729, 729, 72),
-    "frames-256x729-packed": lambda: on_gpu(
-        1, 16, 16, 256 * 729, 256 * 729, 72, cu_seqlens=torch.arange(0, 256 * 729 + 1, 729)
-    ),
-    "question-32x50K-lse": lambda: known(question(32, 50_000)),
-    "question-32x50K": lambda: question(32, 50_000),
-    "question-32x50K-kv-batch": lambda: question(32, 50_000, batch=3, heads="kv"),
-    "question-128x100K": lambda: question(128, 100_000),
-    "question-128x100K-none": lambda: question(128, 100_000, heads="none"),
 }
