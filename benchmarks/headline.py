@@ -17,7 +17,6 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,9 @@ from benchmarks.timing import environment
 
 Run = Callable[[Setting], list[Measured]]
 
+LONG = 60_000
+"""Visual tokens of all rows from which one run must do: it takes seconds, and varies by percents."""
+
 OURS = {"c": "dense", "d": "sparse"}
 
 
@@ -38,23 +40,33 @@ def _free() -> None:
     torch.cuda.empty_cache()
 
 
-def _sides(shape: ModelShape, names: list[str], sizes: dict[str, int]) -> Iterator[tuple[str, Run]]:
+def _sides(
+    shape: ModelShape, names: list[str], new_tokens: int, repeats: int
+) -> Iterator[tuple[str, Run]]:
     """Each side, built when its turn comes and freed after it."""
+
+    def sizes(setting: Setting) -> dict[str, int]:
+        long = setting.batch * setting.visual_tokens > LONG
+        return {"new_tokens": new_tokens, "repeats": 1 if long else repeats}
+
     for name in names:
         letter, _, scheme = name.partition("+")
         if letter == "a":
             model = transformers_generate.build(shape, pipeline.device())
-            yield name, lambda s, m=model: [transformers_generate.run(shape, s, **sizes, model=m)]
+            yield (
+                name,
+                lambda s, m=model: [transformers_generate.run(shape, s, **sizes(s), model=m)],
+            )
             del model
         elif letter == "b":
             kinds = ("bf16", "int8", "fp8") if shape.vision.kind == "qwen2_5_vl" else ("bf16",)
-            yield name, partial(_stock, shape, sizes, kinds)
+            yield name, lambda s, k=kinds: _stock(shape, s, sizes(s), k)
         elif letter in OURS:
             recipe = ours.RECIPES[OURS[letter]]
             recipe = ours.with_vision(recipe, scheme) if scheme else recipe
             label = f"({name}) ours, {OURS[letter]}" + (f", vision {scheme}" if scheme else "")
             side = ours.compile_side(label, shape, recipe)
-            yield name, partial(_ours, side, shape, sizes)
+            yield name, lambda s, m=side: [ours.run(m, shape, s, **sizes(s))]
             del side
         else:
             raise SystemExit(f"--sides: {name} is none of a, b, c, d, c+fp8, d+fp8, d+w8a8, …")
@@ -62,16 +74,12 @@ def _sides(shape: ModelShape, names: list[str], sizes: dict[str, int]) -> Iterat
 
 
 def _stock(
-    shape: ModelShape, sizes: dict[str, int], kinds: tuple[str, ...], setting: Setting
+    shape: ModelShape, setting: Setting, sizes: dict[str, int], kinds: tuple[str, ...]
 ) -> list[Measured]:
     rows = 1 if setting.batch > 1 else None
+    if setting.batch * setting.visual_tokens != 49152:
+        kinds = ("bf16",)  # the towers are compared at one setting
     return pipeline.measure(shape, setting, **sizes, visions=kinds, prefill_rows=rows)
-
-
-def _ours(
-    side: ours.Side, shape: ModelShape, sizes: dict[str, int], setting: Setting
-) -> list[Measured]:
-    return [ours.run(side, shape, setting, **sizes)]
 
 
 def table(results: list[Measured]) -> str:
@@ -116,7 +124,6 @@ def main() -> None:
     unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:
         raise SystemExit(f"--settings: {', '.join(unknown)}: not one of {', '.join(SETTINGS)}")
-    sizes = {"new_tokens": given.new_tokens, "repeats": given.repeats}
     start = time.perf_counter()
     results: list[Measured] = []
     failed: list[dict[str, str]] = []
@@ -129,7 +136,8 @@ def main() -> None:
         }
         given.out.write_text(json.dumps(data, indent=1) + "\n")
 
-    for name, run in _sides(SHAPES[given.shape], given.sides.split(","), sizes):
+    sides = _sides(SHAPES[given.shape], given.sides.split(","), given.new_tokens, given.repeats)
+    for name, run in sides:
         for setting in settings:
             try:
                 results += (found := run(SETTINGS[setting]))
