@@ -100,6 +100,8 @@ class Body:
     def shape(self, *sizes: str | int) -> str:
         """Sizes (int64 ``[1]`` each, or numbers), as one int64 vector."""
         parts = [self.constant([s]) if isinstance(s, int) else s for s in sizes]
+        if len(parts) == 1:
+            return parts[0]
         return self.op("Concat", *parts, axis=0)
 
     def reshape(self, x: str, *sizes: str | int) -> str:
@@ -108,7 +110,14 @@ class Body:
         return self.op("Reshape", x, self.shape(*sizes))
 
     def unsqueeze(self, x: str, *axes: int) -> str:
-        return self.op("Unsqueeze", x, self.constant(list(axes)))
+        """New axes of size 1, where they are in the result.
+
+        One node an axis: runtimes share equal nodes of several layers only where their constants
+        have one element.
+        """
+        for axis in sorted(axes):
+            x = self.op("Unsqueeze", x, self.constant([axis]))
+        return x
 
     def cast(self, x: str, to: int) -> str:
         return self.op("Cast", x, to=to)

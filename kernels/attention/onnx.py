@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from ..onnx_support import HIDDEN, Body, OnnxOp, Port
 
 
-def attend(
-    b: Body, q: str, k: str, v: str, visible: str, sees: str, scale: str, lse: bool = False
-) -> tuple[str, ...]:
-    """softmax(scale · q kᵀ) v over the visible keys and, with ``lse``, the scores' log-sum-exp.
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of an attention: names of int64 ``[1]`` values, or numbers where they are fixed."""
 
-    q [B, Hq, M, D]; k, v [B, Hkv, N, D]; visible bool, broadcastable to [B, Hkv, Hq/Hkv, M, N];
-    sees bool, broadcastable to [B, Hq, M, 1]: rows that see a key, the others are zero in both;
-    scale float32. Returns [B, M, Hq, D] in q's type and float32 [B, Hq, M]. Scores are products in
-    q's type, the softmax is float32.
+    batch: str
+    rows: str
+    heads: str | int
+    kv_heads: str | int
+    dim: str | int
+
+
+def attend(
+    b: Body, sizes: Sizes, q: str, k: str, v: str, bias: str, sees: str, lse: bool = False
+) -> tuple[str, ...]:
+    """softmax(scale · q kᵀ + bias) v and, with ``lse``, the scores' log-sum-exp.
+
+    q [B, Hq, M, D]; k, v [B, Hkv, N, D]; bias float32, broadcastable to [B, Hkv, Hq/Hkv, M, N], 0
+    or HIDDEN; sees bool, broadcastable to [B, Hq, M, 1]: rows that see a key, the others are zero in
+    both; the attribute ``scale``. Returns [B, M, Hq, D] in q's type and float32 [B, Hq, M]. Scores
+    are products in q's type, the softmax is float32.
     """
-    batch, heads, rows, dim = (b.size(q, axis) for axis in range(4))
-    kv_heads, keys = b.size(k, 1), b.size(k, 2)
+    batch, rows, heads, kv_heads = sizes.batch, sizes.rows, sizes.heads, sizes.kv_heads
     # Scaled first: half-precision products stay in range. Heads of a group become rows.
-    scaled = b.op("Mul", q, b.op("CastLike", scale, q))
-    grouped = b.reshape(scaled, batch, kv_heads, -1, dim)
+    scaled = b.op("Mul", q, b.op("CastLike", b.attribute("scale"), q))
+    grouped = b.reshape(scaled, batch, kv_heads, -1, sizes.dim)
     scores = b.float(b.op("MatMul", grouped, b.op("Transpose", k, perm=[0, 1, 3, 2])))
-    scores = b.reshape(scores, batch, kv_heads, -1, rows, keys)
-    # A sum runs several times faster than a selection over all heads.
-    scores = b.op("Add", scores, b.op("Where", visible, b.number(0.0), b.number(HIDDEN)))
+    if isinstance(heads, int) and isinstance(kv_heads, int):
+        group: str | int = heads // kv_heads
+    else:
+        group = b.op("Div", b.shape(heads), b.shape(kv_heads))
+    scores = b.reshape(scores, batch, kv_heads, group, rows, -1)
+    scores = b.op("Add", scores, bias)
     weights = b.op("Softmax", scores, axis=-1)
-    flat = b.op("CastLike", b.reshape(weights, batch, kv_heads, -1, keys), v)
-    out = b.reshape(b.op("MatMul", flat, v), batch, heads, rows, dim)
+    flat = b.reshape(weights, batch, kv_heads, b.op("Mul", b.shape(group), rows), -1)
+    out = b.reshape(b.op("MatMul", b.op("CastLike", flat, v), v), batch, heads, rows, sizes.dim)
     out = b.op("Where", sees, out, b.op("CastLike", b.number(0.0), out))
     out = b.op("Transpose", out, perm=[0, 2, 1, 3])
     if not lse:
@@ -39,6 +53,11 @@ def attend(
     sums = b.op("Sub", peak, b.op("Log", b.op("ReduceMax", weights, axes, keepdims=0)))
     sums = b.op("Where", sees, b.reshape(sums, batch, heads, rows, 1), b.number(0.0))
     return out, b.op("Squeeze", sums, axes)
+
+
+def bias_of(b: Body, visible: str) -> str:
+    """What is added to scores: a sum runs several times faster than a selection over all heads."""
+    return b.op("Where", visible, b.number(0.0), b.number(HIDDEN))
 
 
 def segment_bounds(b: Body, cu_seqlens: str, rows: str) -> tuple[str, str]:
@@ -86,7 +105,8 @@ def _body(
         b.op("Less", b.unsqueeze(key, 0), b.unsqueeze(end, 1)),
     )
     sees = b.unsqueeze(b.op("Less", first, end), 1)
-    return attend(b, "q", "k", "v", visible, sees, b.attribute("scale"), lse)
+    sizes = Sizes(b.size("q", 0), length, b.size("q", 1), b.size("k", 1), b.size("q", 3))
+    return attend(b, sizes, "q", "k", "v", bias_of(b, visible), sees, lse)
 
 
 def _with_lse(b: Body, given: frozenset[str], chosen: dict[str, Any]) -> tuple[str, ...]:

@@ -8,29 +8,45 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..attention.onnx import attend
+from ..attention.onnx import Sizes, attend, bias_of
 from ..onnx_support import Body, OnnxOp, Port
+
+SIZES = (Port("length", "L", optional=True), Port("capacity", "L", optional=True))
+"""S and L as int64 [1]. Given where several layers have them in common: their index arithmetic then
+has the same inputs in all, and a runtime does it once."""
 
 CACHES = (Port("k_cache_out", "T"), Port("v_cache_out", "T"))
 
 
+HEADS = {"num_heads": "int", "kv_num_heads": "int", "head_size": "int"}
+"""Attributes Hq, Hkv and D."""
+
+
+def sizes_of(b: Body, given: frozenset[str], chosen: dict[str, Any]) -> tuple[Sizes, str]:
+    """The attention's sizes, and L."""
+    length = "length" if "length" in given else b.size("q", 2)
+    capacity = "capacity" if "capacity" in given else b.size("k_cache", 2)
+    heads = (chosen[name] for name in HEADS)
+    return Sizes(b.size("cache_lens", 0), length, *heads), capacity
+
+
 def append(
-    b: Body, news: tuple[str, str], caches: tuple[str, str], cache_lens: str
+    b: Body, sizes: Sizes, capacity: str, news: tuple[str, str], caches: tuple[str, str]
 ) -> tuple[str, ...]:
-    """The caches [B, H, L, D] with the new keys and values [B, H, S, D] at cache_lens[b] and after.
+    """The caches [B, Hkv, L, D] with the new keys and values [B, Hkv, S, D] at cache_lens and after.
 
     Padding tokens are written too, to positions that hold nothing. A token at or past L is dropped:
     it is replaced by what position L - 1 holds afterwards, and written there once more.
     """
-    batch, heads, count = (b.size(news[0], axis) for axis in range(3))
-    last = b.op("Sub", b.size(caches[0], 2), b.constant([1]))
-    start = b.unsqueeze(b.long(cache_lens), 1)  # [B, 1]
+    count = sizes.rows
+    last = b.op("Sub", capacity, b.constant([1]))
+    start = b.unsqueeze(b.long("cache_lens"), 1)  # [B, 1]
     room = b.op("Sub", last, start)  # [B, 1], index of the last token that fits; negative: none
     source = b.op("Min", b.unsqueeze(b.range(count), 0), b.op("Max", room, b.constant([0])))
     position = b.op("Min", b.op("Add", start, source), last)  # [B, S]
-    whole = b.shape(batch, heads, count)
-    row = b.unsqueeze(b.range(batch), 1, 2)
-    head = b.unsqueeze(b.range(heads), 0, 2)
+    whole = b.shape(sizes.batch, sizes.kv_heads, count)
+    row = b.unsqueeze(b.range(sizes.batch), 1, 2)
+    head = b.unsqueeze(b.range(b.shape(sizes.kv_heads)), 0, 2)
     fits = b.unsqueeze(b.op("GreaterOrEqual", room, b.constant([0])), 2, 3)
 
     def places(at: str) -> str:
@@ -50,9 +66,9 @@ def append(
 def _body(
     b: Body, given: frozenset[str], chosen: dict[str, Any], lse: bool = False
 ) -> tuple[str, ...]:
-    caches = append(b, ("k", "v"), ("k_cache", "v_cache"), "cache_lens")
-    length, capacity = b.size("q", 2), b.size("k_cache", 2)
-    row = b.range(length)
+    sizes, capacity = sizes_of(b, given, chosen)
+    caches = append(b, sizes, capacity, ("k", "v"), ("k_cache", "v_cache"))
+    row = b.range(sizes.rows)
     start = b.unsqueeze(b.long("cache_lens"), 1)
     query = b.op("Add", start, row)  # [B, S]
     key = b.range(capacity)
@@ -65,9 +81,8 @@ def _body(
         last = b.op("Sub", capacity, b.constant([1]))
         real = b.op("And", real, b.op("Less", first, last))
     sees = b.unsqueeze(real, 1, 3)
-    scale = b.attribute("scale")
-    visible = b.unsqueeze(visible, 1, 2)
-    return attend(b, "q", caches[0], caches[1], visible, sees, scale, lse) + caches
+    bias = bias_of(b, b.unsqueeze(visible, 1, 2))
+    return attend(b, sizes, "q", caches[0], caches[1], bias, sees, lse) + caches
 
 
 def _with_lse(b: Body, given: frozenset[str], chosen: dict[str, Any]) -> tuple[str, ...]:
@@ -79,7 +94,7 @@ INPUTS = (
     Port("cache_lens", "I"),
     Port("new_lens", "I"),
 )
-_ATTRIBUTES = {"scale": "float", "window": "int", "windowed": "int"}
+_ATTRIBUTES = {"scale": "float", "window": "int", "windowed": "int", **HEADS}
 DOC_WRITE = (
     "Token i of k and v [B, Hkv, S, D] is written to position cache_lens[b] + i of the caches "
     "[B, Hkv, L, D], whose values must be finite everywhere; those at or past L are dropped. "
@@ -94,18 +109,18 @@ _DOC = DOC_WRITE + (
 CACHED_ATTENTION = OnnxOp(
     "CachedAttention",
     _DOC,
-    INPUTS,
+    (*INPUTS, *SIZES),
     (Port("out", "T"), *CACHES),
     _ATTRIBUTES,
     _body,
-    ("windowed",),
+    ("windowed", *HEADS),
 )
 CACHED_ATTENTION_LSE = OnnxOp(
     "CachedAttentionLse",
     _DOC + " lse [B, Hq, S] is the log-sum-exp of each row's scores, 0 where out is zero.",
-    INPUTS,
+    (*INPUTS, *SIZES),
     (Port("out", "T"), Port("lse", "F"), *CACHES),
     _ATTRIBUTES,
     _with_lse,
-    ("windowed",),
+    ("windowed", *HEADS),
 )

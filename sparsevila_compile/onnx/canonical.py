@@ -13,7 +13,11 @@ from sparsevila_compile import ops
 from sparsevila_compile.graph_edit import value
 from sparsevila_compile.kernels.add_rms_norm.onnx import ADD_RMS_NORM
 from sparsevila_compile.kernels.attention.onnx import ATTENTION, ATTENTION_LSE
-from sparsevila_compile.kernels.cached_attention.onnx import CACHED_ATTENTION, CACHED_ATTENTION_LSE
+from sparsevila_compile.kernels.cached_attention.onnx import (
+    CACHED_ATTENTION,
+    CACHED_ATTENTION_LSE,
+    HEADS,
+)
 from sparsevila_compile.kernels.column_reduce.onnx import COLUMN_REDUCE
 from sparsevila_compile.kernels.onnx_support import DOMAIN, OnnxOp
 from sparsevila_compile.kernels.retrieval_attention.onnx import RETRIEVAL_ATTENTION
@@ -111,7 +115,16 @@ def _cached(target: Any, op: OnnxOp, attributes: _Attributes, results: int) -> N
         given = arguments(node)
         caches = [given["k_cache"], given["v_cache"]]
         names = [g.name() for _ in range(results)] + [f"{c.target}_out" for c in caches]
-        _write(g, node, op, _inputs(g, op, given), attributes(given), names)
+        sizes = {
+            "length": g.shared_size(value(given["q"]).shape[2]),
+            "capacity": g.shared_size(value(caches[0]).shape[2]),
+        }
+        tensors = [p.name for p in op.inputs if p.name not in sizes]
+        inputs = [g.tensor(given[name]) for name in tensors] + list(sizes.values())
+        shape = value(caches[0]).shape
+        fixed = (value(given["q"]).shape[1], shape[1], shape[3])
+        heads = {name: int(size) for name, size in zip(HEADS, fixed, strict=True)}
+        _write(g, node, op, inputs, attributes(given) | heads, names)
         for cache, name in zip(caches, names[results:], strict=True):
             g.values[cache] = name
         return names[0] if results == 1 else names[:results]
@@ -124,7 +137,15 @@ def _windowed(given: dict[str, Any]) -> dict[str, Any]:
 
 _cached(ops.CACHED_ATTENTION, CACHED_ATTENTION, _windowed, 1)
 _cached(ops.CACHED_ATTENTION_LSE, CACHED_ATTENTION_LSE, _windowed, 2)
-_cached(ops.RETRIEVAL_ATTENTION, RETRIEVAL_ATTENTION, lambda given: {"scale": given["scale"]}, 1)
+_cached(
+    ops.RETRIEVAL_ATTENTION,
+    RETRIEVAL_ATTENTION,
+    lambda given: {
+        "scale": given["scale"],
+        "per_head": int(value(given["index"]).shape[1] > 1),
+    },
+    1,
+)
 
 EMITTED[ops.SELECT_TOKENS] = f"{DOMAIN}::{SELECT_TOKENS.name}"
 

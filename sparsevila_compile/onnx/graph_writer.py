@@ -51,6 +51,7 @@ class GraphWriter(Body):
         self.transposed: set[str] = set()
         self.functions: dict[tuple[str, str], onnx.FunctionProto] = {}
         self._retype = retype
+        self._sizes: dict[str, str] = {}
 
     def refuse(self, node: fx.Node, why: str) -> Unsupported:
         return Unsupported(f"{self.component}/{node.name}: ONNX export: {why}")
@@ -105,6 +106,22 @@ class GraphWriter(Body):
         if not any(isinstance(s, fx.Node) for s in sizes):
             return self.constant([int(s) for s in sizes])
         return self.op("Concat", *(self.length(s) for s in sizes), axis=0)
+
+    def shared_size(self, size: Any) -> str:
+        """A symbolic size as int64 ``[1]``, read once from an input that has it; ``""``: none has."""
+        symbol = str(size)
+        if symbol not in self._sizes:
+            if not symbol.isidentifier():
+                return ""
+            for node in self.values:
+                held = value(node)
+                if node.op == "placeholder" and symbol in map(str, held.shape):
+                    axis = [str(s) for s in held.shape].index(symbol)
+                    self._sizes[symbol] = self.size(str(node.target), axis)
+                    break
+            else:
+                return ""
+        return self._sizes[symbol]
 
     # ----------------------------------------------------------------- weights
 

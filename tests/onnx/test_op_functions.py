@@ -159,7 +159,8 @@ def _cached(
     caches = [normal(batch, kv_heads, capacity, 8, seed=s) for s in (3, 4)]
     names = ("q", "k", "v", "k_cache", "v_cache", "cache_lens", "new_lens")
     inputs = dict(zip(names, (q, k, v, *(c.clone() for c in caches), lens, new), strict=True))
-    attributes = {"scale": 0.6, "window": window, "windowed": int(window > 0)}
+    fixed = {"num_heads": heads, "kv_num_heads": kv_heads, "head_size": 8}
+    attributes = {"scale": 0.6, "window": window, "windowed": int(window > 0), **fixed}
     out, lse, *found = run("CachedAttentionLse", inputs, **attributes)
     plain, *again = run("CachedAttention", inputs, **attributes)
     ref, ref_lse = cached_lse(q, k, v, *caches, lens, new, 0.6, window)
@@ -195,7 +196,9 @@ def test_retrieval_attention(
     given = (q, k, v, *(c.clone() for c in caches), lens, new, index, tail)
     names = ("q", "k", "v", "k_cache", "v_cache", "cache_lens", "new_lens", "index", "tail_start")
     inputs = dict(zip(names, given, strict=True))
-    out, *found = run("RetrievalAttention", inputs, scale=0.6)
+    fixed = {"num_heads": heads, "kv_num_heads": kv_heads, "head_size": 8}
+    attributes = {"scale": 0.6, "per_head": int(index_heads > 1), **fixed}
+    out, *found = run("RetrievalAttention", inputs, **attributes)
     ref = retrieval(q, k, v, *caches, lens, new, index, tail, 0.6)
     assert_close_to(out, ref, BOUND, "out")
     assert_catches_broken(out[:1], ref[:1], BOUND)
@@ -203,7 +206,7 @@ def test_retrieval_attention(
         for b, held in enumerate((lens + new).tolist()):
             assert torch.equal(got[b, :, :held], cache[b, :, :held])
     empty = {**inputs, "index": index[:, :, :0]}
-    none = run("RetrievalAttention", empty, scale=0.6)[0]
+    none = run("RetrievalAttention", empty, **attributes)[0]
     ref = retrieval(q, k, v, *caches, lens, new, index[:, :, :0], tail, 0.6)
     assert_close_to(none, ref, BOUND, "nothing named")
 
