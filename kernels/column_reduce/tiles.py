@@ -46,8 +46,10 @@ def first_of(b, batch_stride, head, head_stride, UNIT: tl.constexpr):
 def step_of(stride, UNIT: tl.constexpr, WIDE: tl.constexpr):
     """A stride in values. WIDE: in 64 bits, as is then whatever it is multiplied by."""
     if WIDE:
-        return stride.to(tl.int64) * UNIT
-    return stride * UNIT
+        step = stride.to(tl.int64) * UNIT
+    else:
+        step = stride * UNIT
+    return step
 
 
 @triton.jit

@@ -117,6 +117,12 @@ def column_reduce() -> Iterator[tuple[Any, ...]]:
     plain = (None, None, None, None, None)
     yield q, q, *plain, None, 0.1, False, "mean"
     yield q, q, *plain, zeros(2, 16, 512, dtype=torch.float32), 0.1, False, "none"
+    q = zeros(1, 4, 1100, 96)
+    yield q, q, *plain, None, 0.1, False, "kv"
+    # Offsets of 64 bits: keys so far apart, in memory that is never touched.
+    far = torch.empty(2**31, dtype=BF16).as_strided((1, 4, 8192, 128), (512, 128, 262_104, 1))
+    yield zeros(1, 28, 48, 128), far, None, None, ints(7000), None, None, None, 0.1, True, "kv"
+    yield zeros(1, 4, 1100, 128), far, *plain, None, 0.1, False, "none"
     q = zeros(1, 16, 512, 72)
     yield q, q, None, ints(0, 256, 512), None, None, None, None, 0.1, False, "mean"
     for new in (48, 128):
