@@ -206,9 +206,12 @@ def measure(s: Setting, speed: dict[str, float]) -> dict[str, Any]:
     lse = [exact_lse(s, i) for i in inputs]
     first = inputs[0]
     outs = [first.call(), first.call(lse[0])]
-    other = rival(s, first)
+    other, refused = rival(s, first), None
     if other is not None:
-        outs.append(other())
+        try:
+            outs.append(other())
+        except (RuntimeError, ValueError, AssertionError) as error:  # a shape that it cannot do
+            other, refused = None, f"{type(error).__name__}: {error}"[:200]
     eager, ours, with_lse, *theirs = errors(s, first, outs)
     result: dict[str, Any] = asdict(s) | {
         "name": str(s),
@@ -216,6 +219,7 @@ def measure(s: Setting, speed: dict[str, float]) -> dict[str, Any]:
         "error_with_lse": with_lse,
         "error_eager_bf16": eager,
         "error_flash_colsum": theirs[0] if theirs else None,
+        "refused_by_flash_colsum": refused,
         "floor_us": 1e6
         * max(
             2 * s.scores * s.dim / speed["flops"],
