@@ -43,6 +43,21 @@ def compiled_module() -> torch.nn.Module | None:
     return found if isinstance(found, torch.nn.Module) else None
 
 
+def running_module() -> torch.nn.Module:
+    """The module in whose forward the current code runs.
+
+    Code that Dynamo compiled takes weights as inputs, so it serves every model of the same shape;
+    which one is calling, only the caller's frame says.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, torch.nn.Module):
+            return found
+        frame = frame.f_back
+    raise RuntimeError("no module is running")
+
+
 def last_graph_break() -> str | None:
     """The first line of why Dynamo last broke a graph, or None."""
     from torch._dynamo.utils import counters

@@ -18,6 +18,7 @@ from sparsevila_compile.dynamo.adapter import (
     inner_compile,
     last_graph_break,
     prepare_dynamo,
+    running_module,
 )
 from sparsevila_compile.dynamo.backend_report import BackendReport
 from sparsevila_compile.dynamo.capture import Forward, NotAForward, recognise
@@ -72,22 +73,12 @@ def report(model: Any) -> BackendReport:
 
 def _compile(gm: fx.GraphModule, inputs: list[Any], settings: Settings) -> Call:
     module = compiled_module()
-    served = None if module is None else served_of(module)
-    if served is None:
-        why = _unfit(module)
-        if why is not None:
-            BackendReport().missed(
-                "*",
-                why,
-                "compile a whole model: model.compile(backend='sparsevila')",
-                settings.strict,
-            )
-            return _plain(settings, gm, inputs)
-        served = Served(module, settings)
-    elif not settings.same(served.settings):
-        raise UserError(
-            "this model was compiled with another recipe or other options already; load it anew"
-        )
+    why = _unfit(module)
+    if module is None or (why is not None and served_of(module) is None):
+        change = "compile a whole model: model.compile(backend='sparsevila')"
+        BackendReport().missed("*", str(why), change, settings.strict)
+        return _plain(settings, gm, inputs)
+    served = _serve(module, settings)
     served.report.graphs += 1
     if served.dense:
         return _plain(settings, gm, inputs)
@@ -99,11 +90,32 @@ def _compile(gm: fx.GraphModule, inputs: list[Any], settings: Settings) -> Call:
     if forward.rest is not None:
         taken = [inputs[i] for i in forward.rest_inputs]
         rest = inner_compile(settings.inner, forward.rest, taken)
-    return _call(served, forward, rest, gm)
+    return _call(settings, forward, rest, gm)
+
+
+def _serve(module: torch.nn.Module, settings: Settings) -> Served:
+    served = served_of(module)
+    if served is None:
+        return Served(module, settings)
+    if not settings.same(served.settings):
+        raise UserError(
+            "this model was compiled with another recipe or other options already; load it anew"
+        )
+    return served
 
 
 def _plain(settings: Settings, gm: fx.GraphModule, inputs: list[Any]) -> Call:
-    call: Call = inner_compile(settings.inner, gm, inputs)
+    """The graph as it is. It may serve other models of the same shape, but no compiled one."""
+    inner: Call = inner_compile(settings.inner, gm, inputs)
+
+    def call(*args: Any) -> Any:
+        served = served_of(running_module())
+        if served is not None and served.settled:
+            raise UserError(
+                "a part of the forward that is no whole forward cannot run on a compiled model; load it anew"
+            )
+        return inner(*args)
+
     return call
 
 
@@ -144,11 +156,10 @@ def _refusal(message: str) -> Call:
     return refuse
 
 
-def _call(served: Served, forward: Forward, rest: Call | None, stock: fx.GraphModule) -> Call:
-    graphs = [] if served.settled else [stock]  # dropped with the weights that it names
-
+def _call(settings: Settings, forward: Forward, rest: Call | None, stock: fx.GraphModule) -> Call:
     def call(*args: Any) -> tuple[Any, ...]:
-        if graphs:
+        served = _serve(running_module(), settings)
+        if not (served.settled or served.dense):
             try:
                 served.settle()
             except RecipeError:
@@ -156,8 +167,8 @@ def _call(served: Served, forward: Forward, rest: Call | None, stock: fx.GraphMo
             except UserError as error:
                 served.every_pass(str(error), "compile another model, or none")
                 served.dense = True
-                return tuple(graphs[0](*args))
-            graphs.clear()
+        if served.dense:
+            return tuple(stock(*args))
         with torch.no_grad():
             mine = iter(served.run(forward, args))
         others = iter(rest(*(args[i] for i in forward.rest_inputs)) if rest else ())

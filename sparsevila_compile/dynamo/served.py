@@ -64,6 +64,9 @@ class Served:
         for owner in (model, hf.base_model(model)):
             owner.__dict__[_MODEL] = self
 
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise UserError("a compiled model cannot be copied; copy it before it is compiled")
+
     @property
     def settled(self) -> bool:
         """Whether the model is compiled."""
