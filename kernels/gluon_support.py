@@ -89,11 +89,23 @@ def shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> Any:
     return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, str(dtype).split(".")[1]))
 
 
-def descriptor(tensor: torch.Tensor, block: tuple[int, ...]) -> Any:
-    """What the copy engine reads blocks of ``tensor`` by; places outside the tensor read as zero."""
+@functools.cache
+def plain_layout(block: tuple[int, ...], bits: int) -> Any:
+    """The layout in shared memory of blocks that threads read row by row: no swizzle."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=len(block))
+
+
+def descriptor(tensor: torch.Tensor, block: tuple[int, ...], *, plain: bool = False) -> Any:
+    """What the copy engine reads blocks of ``tensor`` by; places outside the tensor read as zero.
+
+    The blocks come in :func:`shared_layout`, or in :func:`plain_layout`.
+    """
     strides = [
         _COPY_BYTES if length == 1 else stride  # of a dim of one: anything aligned
         for length, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
     ]
-    layout = shared_layout(block, tensor.dtype)
+    if plain:
+        layout = plain_layout(block, 8 * tensor.element_size())
+    else:
+        layout = shared_layout(block, tensor.dtype)
     return _TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], list(block), layout)

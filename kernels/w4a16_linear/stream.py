@@ -7,15 +7,15 @@ from typing import NamedTuple
 import torch
 
 from ..dependent_launch import launch_options
-from ..gluon_support import hopper_only
+from ..gluon_support import descriptor, hopper_only
 from ..triton_support import cdiv, next_power_of_2
 from .stream_rows import GROUP, layouts, stream_rows
 
-LONG = 64
-"""Groups from which on a row of the weight is worth several warps."""
-
 WIDE = 16384
-"""Outputs from which on a program takes more than one tile of them."""
+"""Outputs from which on more than one row of x is worth it."""
+
+PROGRAMS = 9
+"""Programs for each processor at most, a few of which run at a time: fewer take more rows each."""
 
 
 class StreamTiles(NamedTuple):
@@ -36,15 +36,22 @@ class StreamTiles(NamedTuple):
 def stream_tiles(rows: int, outputs: int, groups: int, multiprocessors: int) -> StreamTiles | None:
     """Sizes for ``rows`` tokens and a weight of ``outputs`` rows of ``groups`` groups; measured.
 
-    None where there are too few outputs for a tile.
+    None where :mod:`.few_rows` is faster, or there are too few outputs for a tile.
     """
     tokens = next_power_of_2(rows)
-    eights, warps, stages = (8, 4, 2) if tokens == 1 else (4, 4, 3)
+    if tokens == 1:
+        eights, warps, stages = 8, 4 if groups > 16 else 2, 2
+    elif tokens <= 4 and outputs >= WIDE:
+        eights, warps, stages = (8, 2, 3) if tokens == 2 else (4, 2, 4)
+    else:
+        return None
     tile = eights * tokens
     if tile > outputs:
         return None
-    share = tile * cdiv(outputs, tile * 6 * multiprocessors)
-    return StreamTiles(tokens, eights, warps, stages, min(share, outputs))
+    programs = PROGRAMS * multiprocessors if tokens == 1 else cdiv(outputs, tile)
+    return StreamTiles(
+        tokens, eights, warps, stages, min(outputs, tile * cdiv(outputs, tile * programs))
+    )
 
 
 def streams(device: torch.device, dtype: torch.dtype, group_size: int, groups: int) -> bool:
@@ -68,9 +75,11 @@ def stream(
 ) -> None:
     """Launch with those sizes. All contiguous, the stored ones at multiples of 16 bytes."""
     outputs, groups = scales.shape
+    codes = qweight.view(torch.int16)
+    groups_of_tile = tiles.warps * 8 // tiles.tokens
     stream_rows[(cdiv(outputs, tiles.share),)](
         x,
-        qweight.view(torch.int16),
+        descriptor(codes, (tiles.outputs, 32 * groups_of_tile), plain=True),
         scales,
         zero_points,
         out if bias is None else bias,

@@ -2,9 +2,8 @@
 
 As :mod:`.few_rows`, the weight goes from stored codes to the operand of ``mma.m16n8k16`` in registers
 and passes through no shuffle. What differs is who loads, and when. Each program takes a contiguous run
-of rows of the weight and copies its codes, scales and zero points (``cp.async``) through a ring in
-shared memory, always ``STAGES - 1`` tiles ahead; all programs run at once and none is replaced by
-another. What comes first is asked for before the kernel that makes x has ended: weights depend on
+of rows of the weight and copies its codes (by the tensor memory accelerator), scales and zero points through
+a ring in shared memory, always ``STAGES - 1`` tiles ahead, for long products all programs at once. What comes first is asked for before the kernel that makes x has ended: weights depend on
 nothing, so in a chain of kernels the memory does not stand still in between.
 """
 
@@ -15,7 +14,7 @@ import importlib
 from typing import Any, no_type_check
 
 from ..dependent_launch import begin, wait
-from ..gluon_support import HAVE_GLUON, gl, gluon
+from ..gluon_support import HAVE_GLUON, gl, gluon, mbarrier, tma
 from ..triton_support import triton
 from .codes import unpack
 
@@ -74,20 +73,19 @@ def layouts(tokens: int, eights: int, warps: int) -> dict[str, Any]:
 @gluon.jit
 @no_type_check
 def _fetch(
-    ring, slot, codes, scales, zero_points, row, step,
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUPS: gl.constexpr,
-    CODES: gl.constexpr, COPIED: gl.constexpr,
+    ring, slot, codes, scales, zero_points, first, row, step,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUPS: gl.constexpr, COPIED: gl.constexpr,
 ):  # fmt: skip
-    """Start copying the tile of ROWS rows from ``row`` on and the step's COLUMNS groups."""
-    ring_codes, ring_scales, ring_zeros = ring
-    left = GROUPS - step * COLUMNS
-    r = gl.arange(0, ROWS, gl.SliceLayout(1, CODES))[:, None]
-    c = gl.arange(0, COLUMNS * 32, gl.SliceLayout(0, CODES))[None, :]
-    async_copy.async_copy_global_to_shared(
-        ring_codes.index(slot),
-        codes + (row * (GROUPS * 32) + step * (COLUMNS * 32)) + (r * (GROUPS * 32) + c),
-        mask=(c + 0 * r) < left * 32,
+    """Start copying the tile of ROWS rows from ``first + row`` on and the step's COLUMNS groups.
+
+    scales and zero_points begin at row ``first``.
+    """
+    ring_codes, ready, ring_scales, ring_zeros = ring
+    mbarrier.expect(ready.index(slot), ROWS * COLUMNS * 64)
+    tma.async_copy_global_to_shared(
+        codes, [first + row, step * (COLUMNS * 32)], ready.index(slot), ring_codes.index(slot)
     )
+    left = GROUPS - step * COLUMNS
     r = gl.arange(0, ROWS, gl.SliceLayout(1, COPIED))[:, None]
     c = gl.arange(0, COLUMNS, gl.SliceLayout(0, COPIED))[None, :]
     at = (row * GROUPS + step * COLUMNS) + (r * GROUPS + c)
@@ -146,7 +144,7 @@ def _store(
 @no_type_check
 def stream_rows(
     x,  # [M, K], rows stride_xm apart
-    qweight,  # int16 [N, K // 4]
+    codes,  # descriptor of int16 [N, K // 4], blocks [R * A, W * 8 // A * 32]
     scales,  # [N, GROUPS]
     zero_points,  # uint8 [N, GROUPS]
     bias,  # [N] or unused
@@ -177,13 +175,15 @@ def stream_rows(
     OPERAND: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 2)
     begin(EARLY)
     first = gl.minimum(gl.program_id(0) * share, N - share)
-    codes = qweight + first.to(gl.int64) * (GROUPS * 32)
     scales += first.to(gl.int64) * GROUPS
     zero_points += first.to(gl.int64) * GROUPS
-    ring_codes = gl.allocate_shared_memory(gl.int16, [STAGES, ROWS, COLUMNS * 32], PLAIN)
+    ring_codes = gl.allocate_shared_memory(gl.int16, [STAGES, ROWS, COLUMNS * 32], codes.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(ready.index(slot), count=1)
     ring_scales = gl.allocate_shared_memory(scales.dtype.element_ty, [STAGES, ROWS, COLUMNS], PLAIN)
     ring_zeros = gl.allocate_shared_memory(gl.uint8, [STAGES, ROWS, COLUMNS], PLAIN)
-    ring = (ring_codes, ring_scales, ring_zeros)
+    ring = (ring_codes, ready, ring_scales, ring_zeros)
     total = ((share + ROWS - 1) // ROWS) * STEPS
     last = share - ROWS  # the last tile may take rows again
     next_row = 0
@@ -191,8 +191,8 @@ def stream_rows(
     for slot in gl.static_range(STAGES - 1):
         if slot < total:
             _fetch(
-                ring, slot, codes, scales, zero_points, gl.minimum(next_row, last), next_step,
-                ROWS, COLUMNS, GROUPS, CODES, COPIED,
+                ring, slot, codes, scales, zero_points, first, gl.minimum(next_row, last), next_step,
+                ROWS, COLUMNS, GROUPS, COPIED,
             )  # fmt: skip
         async_copy.commit_group()
         next_step += 1
@@ -212,14 +212,15 @@ def stream_rows(
     row = 0
     step = 0
     slot = 0
+    phase = 0
     free = STAGES - 1
     for tile in range(total):
         if STEPS > 1:
             tokens = _tokens(x, M, stride_xm, step, A, W, GROUPS, TOKENS, OPERAND)
         if tile + (STAGES - 1) < total:
             _fetch(
-                ring, free, codes, scales, zero_points, gl.minimum(next_row, last), next_step,
-                ROWS, COLUMNS, GROUPS, CODES, COPIED,
+                ring, free, codes, scales, zero_points, first, gl.minimum(next_row, last), next_step,
+                ROWS, COLUMNS, GROUPS, COPIED,
             )  # fmt: skip
         async_copy.commit_group()
         next_step += 1
@@ -228,9 +229,11 @@ def stream_rows(
             next_row += ROWS
         free = gl.where(free == STAGES - 1, 0, free + 1)
         async_copy.wait_group(STAGES - 1)
+        mbarrier.wait(ready.index(slot), phase)
         words = ring_codes.index(slot).load(CODES).reshape(ROWS, COLUMNS, 32)
         scale = ring_scales.index(slot).load(SCALES)
         zeros = ring_zeros.index(slot).load(SCALES)
+        phase = gl.where(slot == STAGES - 1, 1 - phase, phase)
         slot = gl.where(slot == STAGES - 1, 0, slot + 1)
         PER_GROUP: gl.constexpr = gl.SliceLayout(2, words.type.layout)
         zeros = gl.expand_dims(gl.convert_layout(zeros, PER_GROUP, assert_trivial=True), 2)

@@ -6,7 +6,8 @@ rows of x                 kernel
 up to ``FEW_ROWS``        :mod:`.stream_rows` (Hopper, group size 128) or :mod:`.few_rows`: one
                           kernel, the weight read once
 up to ``MID_ROWS``        :mod:`.mid_rows`: x reordered, ``wgmma``, split channels added (Hopper)
-more                      :mod:`.dequantize`, then the library's 16-bit product
+more                      :mod:`.many_rows` (Hopper, group size 128) where its tiles keep the GPU
+                          busy; else :mod:`.dequantize`, then the library's 16-bit product
 float32 x, any number     :mod:`.full_precision`
 ========================  =======================================================================
 
@@ -33,6 +34,7 @@ from ..triton_support import (
 from .dequantize import dequantize_rows
 from .few_rows import few_rows
 from .full_precision import full_few_rows, full_many_rows
+from .many_rows import multiplies, multiply
 from .mid_rows import add_splits, mid_rows, reorder_x
 from .packing import GROUP_SIZES
 from .reference import ACTIVATION_DTYPES, check_args
@@ -263,8 +265,12 @@ def _mid(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.
 
 
 def _many(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """The weight written out in x's dtype, a part at a time, and the library's product."""
+    """One kernel; or the weight written out in x's dtype, a part at a time, and the library's product."""
     outputs, channels, groups = weight.outputs, x.shape[1], weight.groups
+    available = processors(x.device)
+    if multiplies(x, weight.scales, weight.group_size, available):
+        multiply(x, weight.qweight, weight.scales, weight.zero_points, bias, out, available)
+        return
     dtype = torch.float32 if interpreting() else x.dtype
     tokens = x.to(dtype)
     part = min(outputs, max(1, SCRATCH_BYTES // (channels * dtype.itemsize)))
