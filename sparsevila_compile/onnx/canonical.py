@@ -101,7 +101,11 @@ _function(ops.ADD_RMS_NORM, ADD_RMS_NORM, lambda given: {"eps": given["eps"]}, s
 _function(
     ops.ROTARY,
     ROTARY,
-    lambda given: {"same_type": int(value(given["q"]).dtype == value(given["cos"]).dtype)},
+    lambda given: {
+        "same_type": int(value(given["q"]).dtype == value(given["cos"]).dtype),
+        "num_heads": int(value(given["q"]).shape[2]),
+        "kv_num_heads": int(value(given["k"]).shape[2]),
+    },
     single=False,
 )
 
@@ -172,6 +176,8 @@ def _w8a8_linear(g: GraphWriter, node: fx.Node) -> Value:
 
 
 EMITTED[ops.W4A16_LINEAR] = "com.microsoft::MatMulNBits"
+_EXACT, _INT8 = 1, 4
+"""Accuracy levels of MatMulNBits: activations as float32, or rounded to int8 a block."""
 PURE_W4A16 = "ai.onnx::DequantizeLinear"
 
 
@@ -204,6 +210,7 @@ def _w4a16_linear(g: GraphWriter, node: fx.Node) -> Value:
             N=rows,
             bits=4,
             block_size=size,
+            accuracy_level=_INT8 if g.int8_activations else _EXACT,
         )
     return out if given["bias"] is None else g.op("Add", out, g.typed(given["bias"], dtype))
 

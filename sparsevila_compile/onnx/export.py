@@ -60,10 +60,13 @@ class ExportOptions:
         dtype: float type of the emitted tensors; None: the program's. A program in one half type
             can be emitted in the other (values float16 cannot hold are refused); float32 stays.
         pure: only ops of ``ai.onnx``: no functions, no contrib ops.
+        int8_activations: 4-bit linears may round their inputs to int8, block by block: on CPUs some
+            five times faster for single tokens, for 0.7% of relative error a linear.
     """
 
     dtype: torch.dtype | None = None
     pure: bool = False
+    int8_activations: bool = False
 
 
 def _retype(program: Program, options: ExportOptions) -> dict[torch.dtype, torch.dtype]:
@@ -123,10 +126,12 @@ def export_component(program: Program, name: str, options: ExportOptions) -> onn
         UserError: something in the component has no ONNX form; the options do not fit.
     """
     register_schemas()
+    if options.pure and options.int8_activations:
+        raise UserError("emit: int8_activations has no form in pure ai.onnx; leave one of them out")
     component = program.component(name)
     retype = _retype(program, options)
     found = layouts(program, retype.get(program.dtype, program.dtype), options.pure)
-    g = GraphWriter(name, retype, options.pure)
+    g = GraphWriter(name, retype, options.pure, options.int8_activations)
     g.transposed = {weight for weight, layout in found.items() if layout.transposed}
     for node in component.graph.nodes:
         _translate(g, node, program, found)

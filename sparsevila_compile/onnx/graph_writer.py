@@ -42,10 +42,17 @@ class GraphWriter(Body):
     program's floating type to the emitted one.
     """
 
-    def __init__(self, component: str, retype: dict[torch.dtype, torch.dtype], pure: bool) -> None:
+    def __init__(
+        self,
+        component: str,
+        retype: dict[torch.dtype, torch.dtype],
+        pure: bool = False,
+        int8_activations: bool = False,
+    ) -> None:
         super().__init__(prefix="_")
         self.component = component
         self.pure = pure
+        self.int8_activations = int8_activations
         self.values: dict[fx.Node, Value] = {}
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.transposed: set[str] = set()
