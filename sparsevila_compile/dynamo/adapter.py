@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -43,8 +43,8 @@ def compiled_module() -> torch.nn.Module | None:
     return found if isinstance(found, torch.nn.Module) else None
 
 
-def running_module() -> torch.nn.Module:
-    """The module in whose forward the current code runs.
+def running_modules() -> Iterator[torch.nn.Module]:
+    """The modules in whose methods the current code runs, from the inside out.
 
     Code that Dynamo compiled takes weights as inputs, so it serves every model of the same shape;
     which one is calling, only the caller's frame says.
@@ -53,9 +53,16 @@ def running_module() -> torch.nn.Module:
     while frame is not None:
         found = frame.f_locals.get("self")
         if isinstance(found, torch.nn.Module):
-            return found
+            yield found
         frame = frame.f_back
-    raise RuntimeError("no module is running")
+
+
+def running_model(part: torch.nn.Module) -> torch.nn.Module:
+    """The generating model that is running and has ``part`` among its modules, else ``part``."""
+    for module in running_modules():
+        if hasattr(module, "generate") and any(part is m for m in module.modules()):
+            return module
+    return part
 
 
 def last_graph_break() -> str | None:

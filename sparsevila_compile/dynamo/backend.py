@@ -18,7 +18,8 @@ from sparsevila_compile.dynamo.adapter import (
     inner_compile,
     last_graph_break,
     prepare_dynamo,
-    running_module,
+    running_model,
+    running_modules,
 )
 from sparsevila_compile.dynamo.backend_report import BackendReport
 from sparsevila_compile.dynamo.capture import Forward, NotAForward, recognise
@@ -72,12 +73,14 @@ def report(model: Any) -> BackendReport:
 
 
 def _compile(gm: fx.GraphModule, inputs: list[Any], settings: Settings) -> Call:
-    module = compiled_module()
+    part = compiled_module()
+    module = None if part is None else running_model(part)
     why = _unfit(module)
     if module is None or (why is not None and served_of(module) is None):
         change = "compile a whole model: model.compile(backend='sparsevila')"
         BackendReport().missed("*", str(why), change, settings.strict)
-        return _plain(settings, gm, inputs)
+        other: Call = inner_compile(settings.inner, gm, inputs)
+        return other
     served = _serve(module, settings)
     served.report.graphs += 1
     if served.dense:
@@ -105,12 +108,11 @@ def _serve(module: torch.nn.Module, settings: Settings) -> Served:
 
 
 def _plain(settings: Settings, gm: fx.GraphModule, inputs: list[Any]) -> Call:
-    """The graph as it is. It may serve other models of the same shape, but no compiled one."""
+    """A model's graph as it is; it may serve other models of its shape, but no compiled one."""
     inner: Call = inner_compile(settings.inner, gm, inputs)
 
     def call(*args: Any) -> Any:
-        served = served_of(running_module())
-        if served is not None and served.settled:
+        if any(s is not None and s.settled for s in map(served_of, running_modules())):
             raise UserError(
                 "a part of the forward that is no whole forward cannot run on a compiled model; load it anew"
             )
@@ -158,7 +160,7 @@ def _refusal(message: str) -> Call:
 
 def _call(settings: Settings, forward: Forward, rest: Call | None, stock: fx.GraphModule) -> Call:
     def call(*args: Any) -> tuple[Any, ...]:
-        served = _serve(running_module(), settings)
+        served = _serve(next(running_modules()), settings)
         if not (served.settled or served.dense):
             try:
                 served.settle()
