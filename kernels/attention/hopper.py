@@ -106,6 +106,8 @@ def _launch(
     batch, heads, rows, dim = q.shape
     segments = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     blocks = cdiv(rows, 2 * _ROWS)
+    if cu_seqlens is not None:  # a segment does not share a block with another
+        blocks = rows // (2 * _ROWS) + segments + 2
     items = blocks * batch * heads * max(1, splits)
     programs = items
     if cu_seqlens is not None or rows < _MANY_ROWS:
@@ -120,7 +122,7 @@ def _launch(
         flash_kernel[(programs,)](
             *descriptors, out, lse, cu_seqlens, q_start, q_lens,
             rows, k.shape[2], heads, items, blocks, queries, max(1, splits), window,
-            segments, (segments + 1).bit_length(), scale * LOG2E,
+            segments, scale * LOG2E,
             GROUP=heads // k.shape[1], D=dim, D_0=parts[0], D_1=parts[1],
             M=_ROWS, N=_KEYS, STAGES=_STAGES,
             PACKED=cu_seqlens is not None, CACHED=q_start is not None, CAUSAL=causal,

@@ -16,9 +16,7 @@ from .hopper_parts import (
     allocate,
     barriers_of,
     fetch,
-    key_ranges,
     rescaled,
-    row_bounds,
     scores_of,
     softmax_step,
     store_rows,
@@ -27,48 +25,57 @@ from .hopper_parts import (
 
 @gluon.jit
 @no_type_check
-def _tile_ranges(
-    tile_first, cu, position, count, key_first, key_end, window, rows_total, segments, steps,
-    ROWS: gl.constexpr, LAYOUT: gl.constexpr,
-    PACKED: gl.constexpr, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr, FEW: gl.constexpr,
-):  # fmt: skip
-    """:func:`key_ranges` of ROWS rows; without segments it follows from the first and last query."""
-    query = tile_first
-    last = gl.minimum(tile_first + ROWS, count) - 1
-    if FEW:  # a block of rows may hold any query
-        query = tile_first * 0
-        last = count - 1
-    if PACKED:
-        rows = tile_first + gl.arange(0, ROWS, LAYOUT)
-        first, end, seen = row_bounds(
-            rows, rows, tile_first, last, cu, position, count, key_first, key_end, window,
-            rows_total, segments, steps, PACKED, CAUSAL, WINDOWED,
-        )  # fmt: skip
-        any_first, any_end, all_first, all_end = key_ranges(first, end, seen)
-    else:
-        any_first = last * 0 + key_first
-        all_first = any_first
-        any_end = key_end
-        all_end = key_end
-        if CAUSAL:
-            any_end = gl.minimum(key_end, position + last + 1)
-            all_end = gl.minimum(key_end, position + query + 1)
-        if WINDOWED:
-            any_first = gl.maximum(position + query - window + 1, key_first)
-            all_first = gl.maximum(position + last - window + 1, key_first)
-        any_end = gl.where(last < query, 0, any_end)
-    return any_first, any_end, all_first, all_end
+def _bound(cu, s, segments, rows_total):
+    """Where the s-th stretch of rows begins: 0, cu[0], ..., cu[segments], rows_total.
+
+    The segments are the stretches 1 .. segments; the rows of the first and the last see nothing.
+    """
+    at = gl.load(cu + gl.minimum(gl.maximum(s - 1, 0), segments)).to(gl.int32)
+    return gl.where(s == 0, 0, gl.where(s == segments + 2, rows_total, at))
+
+
+@gluon.jit
+@no_type_check
+def _stretch(cu, block, segments, rows_total, ROWS: gl.constexpr):
+    """The stretch that a block of ROWS rows belongs to: its number, first and end row, own block.
+
+    Stretch s has the blocks from ``_bound(s) // ROWS + s`` on: at least as many as its rows need,
+    at most two more, and none is shared with another stretch.
+    """
+    low = segments * 0
+    high = segments + 2
+    # Segments are mostly about equal: look near where it would then be.
+    guess = (block.to(gl.int64) * ROWS * segments // (rows_total + ROWS * (segments + 1))).to(
+        gl.int32
+    )
+    near = gl.minimum(guess + 3, high)
+    if _bound(cu, near, segments, rows_total) // ROWS + near > block:
+        high = near
+    if _bound(cu, guess, segments, rows_total) // ROWS + guess <= block:
+        low = guess
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _bound(cu, middle, segments, rows_total) // ROWS + middle <= block:
+            low = middle
+        else:
+            high = middle
+    first = _bound(cu, low, segments, rows_total)
+    end = _bound(cu, low + 1, segments, rows_total)
+    return low, first, end, block - first // ROWS - low
 
 
 @gluon.jit
 @no_type_check
 def _work(
-    item, sizes, q_start, q_lens,
-    ROWS: gl.constexpr, N: gl.constexpr, CACHED: gl.constexpr, CAUSAL: gl.constexpr,
-    FEW: gl.constexpr,
+    item, sizes, pointers, segments,
+    ROWS: gl.constexpr, N: gl.constexpr, PACKED: gl.constexpr, CACHED: gl.constexpr,
+    CAUSAL: gl.constexpr, FEW: gl.constexpr,
 ):  # fmt: skip
-    """Of one item: batch row, head, first row, share, position of query 0, queries, keys' bounds."""
-    items, blocks, heads, _rows, keys_total, queries, splits = sizes
+    """Of one item: batch row, head, share; its first row and where rows end; the key position of
+    query 0 and how many queries there are; first and end of the keys.
+    """
+    items, blocks, heads, rows_total, keys_total, queries, splits = sizes
+    cu, q_start, q_lens = pointers
     share = item % splits
     item = item // splits
     if CAUSAL:  # late rows have most keys: all heads of the last block first
@@ -78,11 +85,25 @@ def _work(
     else:  # blocks that share keys next to each other
         block = item % blocks
         b_h = item // blocks
+        if PACKED:
+            # Of few items those without rows come first or last: else some programs get only such.
+            spread = items <= 8 * gl.num_programs(0)
+            block = gl.where(spread, item // heads, block)
+            b_h = gl.where(spread, item % heads, b_h)
     b = b_h // heads
     position = 0
     count = queries
     key_first = 0
     key_end = keys_total
+    tile_first = block * ROWS
+    row_end = rows_total
+    if PACKED:
+        stretch, key_first, row_end, own = _stretch(cu, block, segments, rows_total, ROWS)
+        inside = (stretch > 0) & (stretch <= segments)
+        tile_first = key_first + own * ROWS
+        # A stretch may have a block too many.
+        key_end = gl.where(inside & (tile_first < row_end), row_end, key_first)
+        count = row_end
     if CACHED:
         position = gl.load(q_start + b).to(gl.int32)
         count = gl.minimum(gl.load(q_lens + b).to(gl.int32), queries)
@@ -91,13 +112,39 @@ def _work(
         each = (key_end + splits * N - 1) // (splits * N) * N
         key_first = share * each
         key_end = gl.minimum(key_end, key_first + each)
-    return b, b_h % heads, block * ROWS, share, position, count, key_first, key_end
+    return b, b_h % heads, share, tile_first, row_end, position, count, key_first, key_end
+
+
+@gluon.jit
+@no_type_check
+def _key_ranges(
+    first_row, position, count, key_first, key_end, window,
+    ROWS: gl.constexpr, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr, FEW: gl.constexpr,
+):  # fmt: skip
+    """[first, end) of the keys that some of ROWS rows sees, and [first, end) of what all see."""
+    query = first_row
+    last = gl.minimum(first_row + ROWS, count) - 1
+    if FEW:  # a block of rows may hold any query
+        query = first_row * 0
+        last = count - 1
+    any_first = last * 0 + key_first
+    all_first = any_first
+    any_end = last * 0 + key_end
+    all_end = any_end
+    if CAUSAL:
+        any_end = gl.minimum(key_end, position + last + 1)
+        all_end = gl.minimum(key_end, position + query + 1)
+    if WINDOWED:
+        any_first = gl.maximum(position + query - window + 1, key_first)
+        all_first = gl.maximum(position + last - window + 1, key_first)
+    any_end = gl.where(last < query, any_first, any_end)
+    return any_first, any_end, all_first, all_end
 
 
 @gluon.jit
 @no_type_check
 def _producer(
-    descriptors, tiles, barriers, sizes, pointers, window, segments, steps,
+    descriptors, tiles, barriers, sizes, pointers, window, segments,
     GROUP: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
     D_0: gl.constexpr, D_1: gl.constexpr, STAGES: gl.constexpr,
     PACKED: gl.constexpr, CACHED: gl.constexpr, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr,
@@ -107,20 +154,17 @@ def _producer(
     q_0_desc, q_1_desc, k_0_desc, k_1_desc, v_0_desc, v_1_desc = descriptors
     q_0, q_1, k_0, k_1, v_0, v_1 = tiles
     q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
-    cu, q_start, q_lens = pointers
-    items, _blocks, _heads, rows_total, _keys, _queries, _splits = sizes
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    items, _blocks, _heads, _rows, _keys, _queries, _splits = sizes
     BYTES: gl.constexpr = N * (D_0 + D_1) * 2
     fetched = 0
     q_phase = 1
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, h, tile_first, _share, position, count, key_first, key_end = _work(
-            item, sizes, q_start, q_lens, 2 * M, N, CACHED, CAUSAL, FEW
+        b, h, _share, tile_first, _row_end, position, count, key_first, key_end = _work(
+            item, sizes, pointers, segments, 2 * M, N, PACKED, CACHED, CAUSAL, FEW
         )
-        first, end, _f, _e = _tile_ranges(
-            tile_first, cu, position, count, key_first, key_end, window, rows_total, segments, steps,
-            2 * M, LAYOUT, PACKED, CAUSAL, WINDOWED, FEW,
-        )  # fmt: skip
+        first, end, _f, _e = _key_ranges(
+            tile_first, position, count, key_first, key_end, window, 2 * M, CAUSAL, WINDOWED, FEW
+        )
         for who in gl.static_range(2):
             mbarrier.wait(q_free.index(who), q_phase)
             mbarrier.expect(q_ready.index(who), M * (D_0 + D_1) * 2)
@@ -159,7 +203,7 @@ def _zero_tail(tile, kept, N: gl.constexpr, WIDTH: gl.constexpr):
 @gluon.jit
 @no_type_check
 def _consumer(
-    out, lse, tiles, barriers, sizes, pointers, window, segments, steps, scale,
+    out, lse, tiles, barriers, sizes, pointers, window, segments, scale,
     WHO: gl.constexpr, GROUP: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
     D_0: gl.constexpr, D_1: gl.constexpr, STAGES: gl.constexpr,
     PACKED: gl.constexpr, CACHED: gl.constexpr, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr,
@@ -173,10 +217,8 @@ def _consumer(
     P_LAYOUT_0: gl.constexpr = gl.DotOperandLayout(0, LAYOUT_0, 2)
     P_LAYOUT_1: gl.constexpr = gl.DotOperandLayout(0, LAYOUT_1, 2)
     R_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    T_LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     q_0, q_1, k_0, k_1, v_0, v_1 = tiles
     q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
-    cu, q_start, q_lens = pointers
     items, blocks, heads, rows_total, _keys, queries, splits = sizes
     EMPTY: gl.constexpr = float("-inf") if FEW else 0.0
     my_q_0 = q_0.index(WHO).reshape([M, D_0])
@@ -186,26 +228,26 @@ def _consumer(
     done = 0  # tiles of keys
     q_phase = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, h, tile_first, share, position, count, key_first, key_end = _work(
-            item, sizes, q_start, q_lens, 2 * M, N, CACHED, CAUSAL, FEW
+        b, h, share, tile_first, row_end, position, count, key_first, key_end = _work(
+            item, sizes, pointers, segments, 2 * M, N, PACKED, CACHED, CAUSAL, FEW
         )
-        any_first, any_end, all_first, all_end = _tile_ranges(
-            tile_first, cu, position, count, key_first, key_end, window, rows_total, segments, steps,
-            2 * M, T_LAYOUT, PACKED, CAUSAL, WINDOWED, FEW,
+        any_first, any_end, _f, _e = _key_ranges(
+            tile_first, position, count, key_first, key_end, window,
+            2 * M, CAUSAL, WINDOWED, FEW,
         )  # fmt: skip
         my_first = tile_first + WHO * M
-        if not PACKED:
-            _f, _e, all_first, all_end = _tile_ranges(
-                my_first, cu, position, count, key_first, key_end, window, rows_total, segments, steps,
-                M, T_LAYOUT, PACKED, CAUSAL, WINDOWED, FEW,
-            )  # fmt: skip
+        _f, _e, all_first, all_end = _key_ranges(
+            my_first, position, count, key_first, key_end, window, M, CAUSAL, WINDOWED, FEW
+        )
         rows = my_first + gl.arange(0, M, R_LAYOUT)
-        first, end, seen = row_bounds(
-            rows, rows % queries if FEW else rows,
-            tile_first, gl.minimum(tile_first + 2 * M, rows_total) - 1, cu,
-            position, count, key_first, key_end, window, rows_total, segments, steps,
-            PACKED, CAUSAL, WINDOWED,
-        )  # fmt: skip
+        query = rows % queries if FEW else rows
+        first = rows * 0 + key_first
+        end = rows * 0 + key_end
+        if CAUSAL:
+            end = gl.minimum(end, position + query + 1)
+        if WINDOWED:
+            first = gl.maximum(first, position + query - window + 1)
+        seen = (rows < row_end) & (query < count) & (first < end)
         peak = gl.full([M], float("-inf"), gl.float32, R_LAYOUT)
         total = gl.full([M], 0.0, gl.float32, R_LAYOUT)
         acc_0 = gl.full([M, D_0], 0.0, gl.float32, LAYOUT_0)
@@ -290,27 +332,25 @@ def _consumer(
             b_share = share * (items // (blocks * splits * heads)) + b
         out_at = out + (b_share.to(gl.int64) * rows_total * heads + h) * D
         stride = heads * D
-        store_rows(out_at, rescaled(acc_0, inverse), my_first, rows_total, stride, M, 0, D_0, D)
+        store_rows(out_at, rescaled(acc_0, inverse), my_first, row_end, stride, M, 0, D_0, D)
         if D_1 > 0:
-            store_rows(
-                out_at, rescaled(acc_1, inverse), my_first, rows_total, stride, M, D_0, D_1, D
-            )
+            store_rows(out_at, rescaled(acc_1, inverse), my_first, row_end, stride, M, D_0, D_1, D)
         if WITH_LSE:
             natural = 0.6931471805599453 * (peak * scale + gl.log2(gl.where(seen, total, 1.0)))
             lse_at = lse + (b_share * heads + h).to(gl.int64) * rows_total + rows
-            gl.store(lse_at, gl.where(seen, natural, EMPTY), mask=rows < rows_total)
+            gl.store(lse_at, gl.where(seen, natural, EMPTY), mask=rows < row_end)
 
 
 @gluon.jit(
     do_not_specialize=[
-        "rows_total", "keys_total", "segments", "steps", "window", "items", "blocks", "queries",
+        "rows_total", "keys_total", "segments", "window", "items", "blocks", "queries",
         "splits",
     ]
 )  # fmt: skip
 @no_type_check
 def flash_kernel(
     q_0_desc, q_1_desc, k_0_desc, k_1_desc, v_0_desc, v_1_desc, out, lse, cu, q_start, q_lens,
-    rows_total, keys_total, heads, items, blocks, queries, splits, window, segments, steps, scale,
+    rows_total, keys_total, heads, items, blocks, queries, splits, window, segments, scale,
     GROUP: gl.constexpr, D: gl.constexpr, D_0: gl.constexpr, D_1: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     PACKED: gl.constexpr, CACHED: gl.constexpr, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr,
@@ -335,18 +375,18 @@ def flash_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                out, lse_at, tiles, barriers, sizes, pointers, window, segments, steps, scale,
+                out, lse_at, tiles, barriers, sizes, pointers, window, segments, scale,
                 gl.constexpr(0), GROUP, M, N, D, D_0, D_1, STAGES,
                 PACKED, CACHED, CAUSAL, WINDOWED, WITH_LSE, FEW,
             )),
             (_consumer, (
-                out, lse_at, tiles, barriers, sizes, pointers, window, segments, steps, scale,
+                out, lse_at, tiles, barriers, sizes, pointers, window, segments, scale,
                 gl.constexpr(1), GROUP, M, N, D, D_0, D_1, STAGES,
                 PACKED, CACHED, CAUSAL, WINDOWED, WITH_LSE, FEW,
             )),
             (_producer, (
                 (q_0_desc, q_1_desc, k_0_desc, k_1_desc, v_0_desc, v_1_desc), tiles, barriers,
-                sizes, pointers, window, segments, steps,
+                sizes, pointers, window, segments,
                 GROUP, M, N, D_0, D_1, STAGES, PACKED, CACHED, CAUSAL, WINDOWED, FEW,
             )),
         ],

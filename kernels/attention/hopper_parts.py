@@ -1,4 +1,4 @@
-"""What the attention kernels for Hopper share: intervals of keys, tiles, products, softmax.
+"""What the attention kernels for Hopper share: tiles, products, softmax.
 
 A head dim that is not a power of two is two parts, 80 = 64 + 16, each with its own tiles and
 products: padding it to 128 would cost 1.6 times the work.
@@ -20,64 +20,8 @@ _MIN_HEAD_DIM, _MAX_HEAD_DIM = 32, 128
 
 @gluon.jit
 @no_type_check
-def _maximum(a, b):
+def maximum(a, b):
     return gl.maximum(a, b)
-
-
-@gluon.jit
-@no_type_check
-def row_bounds(
-    rows, queries, tile_first, tile_last, cu, position, count, key_first, key_end, window,
-    rows_total, segments, steps,
-    PACKED: gl.constexpr, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr,
-):  # fmt: skip
-    """The interval [first, end) of keys that each row sees, and whether it sees any.
-
-    Row r is query queries[r], which exists if less than ``count``; ``position`` is the key position
-    of query 0. All rows that exist lie in tile_first .. tile_last. Without segments the keys are
-    key_first .. key_end-1.
-    """
-    if PACKED:
-        # Segments are mostly about equal: one guess finds that of all rows, or the two they lie in.
-        # Else a binary search for the last cu[s] <= row, ``steps`` halvings.
-        guess = (tile_first.to(gl.int64) * segments // rows_total).to(gl.int32)
-        guess = gl.minimum(guess, gl.maximum(segments - 1, 0))
-        middle_bound = gl.load(cu + gl.minimum(guess + 1, segments)).to(gl.int32)
-        guess_end = gl.load(cu + gl.minimum(guess + 2, segments)).to(gl.int32)
-        hit = (gl.load(cu + guess).to(gl.int32) <= tile_first) & (tile_last < guess_end)
-        found = guess + 1 + gl.where(rows >= middle_bound, 1, 0)
-        low = gl.where(hit, found, 0)
-        high = gl.where(hit, found, segments + 1)
-        for _step in range(gl.where(hit, 0, steps)):
-            middle = (low + high) // 2
-            open_ = low < high
-            below = gl.load(cu + middle, mask=open_, other=0).to(gl.int32) <= rows
-            high = gl.where(open_ & (below == 0), middle, high)
-            low = gl.where(open_ & below, middle + 1, low)
-        inside = (low > 0) & (low <= segments)
-        first = gl.load(cu + low - 1, mask=inside, other=0).to(gl.int32)
-        end = gl.load(cu + low, mask=inside, other=0).to(gl.int32)
-    else:
-        first = rows * 0 + key_first
-        end = rows * 0 + key_end
-    if CAUSAL:
-        end = gl.minimum(end, position + queries + 1)
-    if WINDOWED:
-        first = gl.maximum(first, position + queries - window + 1)
-    seen = (rows < rows_total) & (queries < count) & (first < end)
-    return first, end, seen
-
-
-@gluon.jit
-@no_type_check
-def key_ranges(first, end, seen):
-    """[first, end) of the keys that some row sees, and [first, end) of those that all rows see."""
-    LARGE: gl.constexpr = 2147483647
-    any_first = LARGE - gl.reduce(gl.where(seen, LARGE - first, 0), 0, _maximum)
-    any_end = gl.reduce(gl.where(seen, end, 0), 0, _maximum)
-    all_first = gl.reduce(gl.where(seen, first, 0), 0, _maximum)
-    all_end = LARGE - gl.reduce(gl.where(seen, LARGE - end, 0), 0, _maximum)
-    return any_first, any_end, all_first, all_end
 
 
 @gluon.jit
@@ -108,7 +52,7 @@ def softmax_step(s, keys, first, end, masked, peak, total, scale):
     if masked:
         visible = (keys[None, :] >= first[:, None]) & (keys[None, :] < end[:, None])
         s = gl.where(visible, s, float("-inf"))
-    peak_new = gl.maximum(peak, gl.reduce(s, 1, _maximum))
+    peak_new = gl.maximum(peak, gl.reduce(s, 1, maximum))
     shift = gl.where(peak_new == float("-inf"), 0.0, peak_new) * scale
     p = gl.exp2(s * scale - shift[:, None])
     rescale = gl.exp2(peak * scale - shift)

@@ -27,9 +27,8 @@ from .hopper_parts import (
     barriers_of,
     fetch,
     head_dim_parts,
-    key_ranges,
+    maximum,
     rescaled,
-    row_bounds,
     scores_of,
     softmax_step,
     store_rows,
@@ -39,6 +38,47 @@ _ROWS = 64
 _STAGES = 2
 _HEADS = 4
 """At most so many heads a program."""
+
+
+@gluon.jit
+@no_type_check
+def _row_bounds(rows, first_row, last_row, cu, rows_total, segments, steps):
+    """The interval [first, end) of keys that each row sees: its segment; and whether it has one.
+
+    All rows that exist lie in first_row .. last_row.
+    """
+    # Segments are mostly about equal: one guess finds that of all rows, or the two they lie in.
+    # Else a binary search for the last cu[s] <= row, ``steps`` halvings.
+    guess = (first_row.to(gl.int64) * segments // rows_total).to(gl.int32)
+    guess = gl.minimum(guess, gl.maximum(segments - 1, 0))
+    middle_bound = gl.load(cu + gl.minimum(guess + 1, segments)).to(gl.int32)
+    guess_end = gl.load(cu + gl.minimum(guess + 2, segments)).to(gl.int32)
+    hit = (gl.load(cu + guess).to(gl.int32) <= first_row) & (last_row < guess_end)
+    found = guess + 1 + gl.where(rows >= middle_bound, 1, 0)
+    low = gl.where(hit, found, 0)
+    high = gl.where(hit, found, segments + 1)
+    for _step in range(gl.where(hit, 0, steps)):
+        middle = (low + high) // 2
+        open_ = low < high
+        below = gl.load(cu + middle, mask=open_, other=0).to(gl.int32) <= rows
+        high = gl.where(open_ & (below == 0), middle, high)
+        low = gl.where(open_ & below, middle + 1, low)
+    inside = (rows < rows_total) & (low > 0) & (low <= segments)
+    first = gl.load(cu + low - 1, mask=inside, other=0).to(gl.int32)
+    end = gl.load(cu + low, mask=inside, other=0).to(gl.int32)
+    return first, end, inside & (first < end)
+
+
+@gluon.jit
+@no_type_check
+def _key_ranges(first, end, seen):
+    """[first, end) of the keys that some row sees, and [first, end) of those that all rows see."""
+    LARGE: gl.constexpr = 2147483647
+    any_first = LARGE - gl.reduce(gl.where(seen, LARGE - first, 0), 0, maximum)
+    any_end = gl.reduce(gl.where(seen, end, 0), 0, maximum)
+    all_first = gl.reduce(gl.where(seen, first, 0), 0, maximum)
+    all_end = LARGE - gl.reduce(gl.where(seen, LARGE - end, 0), 0, maximum)
+    return any_first, any_end, all_first, all_end
 
 
 @gluon.jit
@@ -89,11 +129,9 @@ def _windows_kernel(
     row = gl.program_id(0) * M
     head = gl.program_id(1) * HEADS
     rows = row + gl.arange(0, M, R_LAYOUT)
-    first, end, seen = row_bounds(
-        rows, rows, row, gl.minimum(row + M, rows_total) - 1, cu, 0, rows_total, 0, rows_total, 0,
-        rows_total, segments, steps, True, False, False,
-    )  # fmt: skip
-    any_first, any_end, all_first, all_end = key_ranges(first, end, seen)
+    last = gl.minimum(row + M, rows_total) - 1
+    first, end, seen = _row_bounds(rows, row, last, cu, rows_total, segments, steps)
+    any_first, any_end, all_first, all_end = _key_ranges(first, end, seen)
     any_first = gl.minimum(any_first, any_end)  # no row sees a key: nothing to do
     zero = gl.full([M, N], 0.0, gl.float32, S_LAYOUT)
     lane = gl.arange(0, N, gl.SliceLayout(0, S_LAYOUT))
