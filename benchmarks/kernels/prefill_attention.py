@@ -260,12 +260,13 @@ def main() -> int:
         f"bf16 product {flop_rate / 1e12:.0f} TFLOP/s, copy {byte_rate / 1e12:.2f} TB/s", flush=True
     )
     results = []
+    rates = {"flop_per_s": flop_rate, "bytes_per_s": byte_rate}
     for setting in within(args.limit, [s for s in SETTINGS if args.only in s.name]):
         results.append(measure(setting, flop_rate, byte_rate))
         print(line(results[-1]), flush=True)
         torch.cuda.empty_cache()
-    if args.out is not None:
-        save(args.out, {"flop_per_s": flop_rate, "bytes_per_s": byte_rate, "results": results})
+        if args.out is not None:
+            save(args.out, rates | {"results": results})
     return 1 if any("failed" in result for result in results) else 0
 
 

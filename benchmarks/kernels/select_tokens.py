@@ -79,6 +79,7 @@ def main() -> int:
     for s in within(arguments.limit, SETTINGS):
         r = measure(s)
         results.append(r)
+        save(arguments.out, {"results": results})
         title = f"{r['name']}: {r['keep']} of {r['segments']} x {r['length']}"
         if "failed" in r:
             print(f"{title:52} FAILED: {r['failed']}", flush=True)
@@ -87,7 +88,6 @@ def main() -> int:
             f"{title:52} {r['ours_us']:8.1f} {r['topk_sort_us']:8.1f} {r['floor_us']:6.1f}",
             flush=True,
         )
-    save(arguments.out, {"results": results})
     return 1 if any("failed" in r for r in results) else 0
 
 

@@ -19,6 +19,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PART = 4096
 """Scores of a segment from which on another program shares it."""
 _MOST_PARTS = 32
+_MOST_PROGRAMS = 256
+"""Many segments are split into fewer parts each: five launches of more programs take longer."""
 
 
 def triton_supports(
@@ -258,6 +260,8 @@ def select_tokens_triton(
     sizes = (scores.stride(0), scores.shape[0], total)
     mean = scores.shape[0] // segments
     parts = min(_MOST_PARTS, next_power_of_2(mean // _PART))
+    while parts > 1 and parts * segments > _MOST_PROGRAMS:
+        parts //= 2
     with on_device(scores):
         if parts == 1:
             out = torch.full((total,), -1, dtype=torch.int64, device=scores.device)

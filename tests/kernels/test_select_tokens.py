@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparsevila_compile.kernels.select_tokens import triton as triton_module
 from sparsevila_compile.kernels.select_tokens.op import OP
 
 select_tokens = torch.ops.sparsevila.select_tokens
@@ -269,6 +270,17 @@ def test_choice_of_implementation() -> None:
     arguments = vars(CASES["one"]).values()
     assert OP.choose(torch.device("cuda"), *arguments).name == "triton"
     assert OP.choose(torch.device("cpu"), *arguments).name == "library"
+
+
+@pytest.mark.parametrize("most", [1, 4, 7])
+def test_many_segments_share_programs(
+    most: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many programs there may be, and so parts of each segment, the same is chosen."""
+    monkeypatch.setattr(triton_module, "_PART", 256)
+    monkeypatch.setattr(triton_module, "_MOST_PROGRAMS", most)
+    segments = [(0, 900, 200, 0), (900, 1100, 1100, 200), (2000, 1000, 1, 1310)]
+    check(case(spotted(3000), *segments, total=1320), "triton", device)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
