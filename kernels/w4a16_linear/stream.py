@@ -26,6 +26,7 @@ class StreamTiles(NamedTuple):
     warps: int
     stages: int
     share: int
+    pad: int = 0
 
     @property
     def outputs(self) -> int:
@@ -94,6 +95,7 @@ def stream(
         R=tiles.eights,
         W=tiles.warps,
         STAGES=tiles.stages,
+        PAD=tiles.pad,
         num_warps=tiles.warps,
         **layouts(tiles.tokens, tiles.eights, tiles.warps),
         **launch_options(x.device),

@@ -11,7 +11,7 @@ import torch
 
 from sparsevila_compile.kernels.gluon_support import HAVE_GLUON
 from sparsevila_compile.kernels.w4a16_linear import triton as implementation
-from sparsevila_compile.kernels.w4a16_linear.many_rows import BUSY, MOST_ROWS, busy, multiplies
+from sparsevila_compile.kernels.w4a16_linear.many_rows import busy, multiplies
 from sparsevila_compile.kernels.w4a16_linear.op import OP
 from sparsevila_compile.kernels.w4a16_linear.triton import MID_ROWS
 from tests.kernels.compare import assert_catches_broken, bound_from
@@ -63,7 +63,7 @@ def test_share_of_the_time_that_is_used() -> None:
     assert busy(512, 128 * 132, 132) == 1
     assert busy(128, 128 * 132, 132) == 0.5
     assert busy(256, 128 * 133, 132) == pytest.approx(133 / 264)
-    assert busy(1024, 37888, 132) > BUSY > busy(1024, 4608, 132)
+    assert busy(1024, 37888, 132) > 0.95 > 0.6 > busy(1024, 4608, 132)
 
 
 def test_not_without_hopper() -> None:
@@ -78,7 +78,7 @@ def test_not_without_hopper() -> None:
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("groups", [1, 2, 7, 28])
-@pytest.mark.parametrize(("rows", "outputs"), [(1024, 4224), (1000, 16800), (MOST_ROWS, 16801)])
+@pytest.mark.parametrize(("rows", "outputs"), [(1024, 4224), (1000, 16800), (3072, 16801)])
 def test_triton_many_rows_in_one_kernel(
     rows: int,
     outputs: int,
