@@ -29,6 +29,9 @@ HIDDEN = -1e30
 
 FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 INTEGERS = ["tensor(int32)", "tensor(int64)"]
+STEP = "step_number"
+"""Number of the run within a loop."""
+
 _TYPES = {
     "T": FLOATS,
     "I": INTEGERS,
@@ -137,6 +140,25 @@ class Body:
         """x from start to end along one axis."""
         bounds = [self.constant([b]) if isinstance(b, int) else b for b in (start, end)]
         return self.op("Slice", x, *bounds, self.constant([axis]))
+
+    def loop(self, count: str, step: Body, results: Sequence[str]) -> list[str]:
+        """The values ``results`` of ``count`` (int64 ``[1]``) runs of ``step``, along a new first axis.
+
+        ``step`` writes its nodes beforehand, with a prefix of its own; the number of the run is its
+        value :data:`STEP`, int64. It may read values of this body, too.
+        """
+        going = step.op("Identity", "going")
+        graph = helper.make_graph(
+            step.nodes,
+            "step",
+            [
+                helper.make_tensor_value_info(STEP, TensorProto.INT64, []),
+                helper.make_tensor_value_info("going", TensorProto.BOOL, []),
+            ],
+            [helper.make_empty_tensor_value_info(name) for name in (going, *results)],
+        )
+        times = self.op("Squeeze", count, self.constant([0]))
+        return self.ops("Loop", len(results), times, "", body=graph)
 
     def flip(self, condition: str) -> str:
         return self.op("Not", condition)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..onnx_support import HIDDEN, Body, OnnxOp, Port
+from ..onnx_support import HIDDEN, STEP, Body, OnnxOp, Port
+
+BLOCK = 256
+"""Rows of a packed attention that are scored at once: what bounds the memory of its scores."""
 
 
 @dataclass(frozen=True)
@@ -20,18 +23,26 @@ class Sizes:
 
 
 def attend(
-    b: Body, sizes: Sizes, q: str, k: str, v: str, bias: str, sees: str, lse: bool = False
+    b: Body,
+    sizes: Sizes,
+    scale: str,
+    q: str,
+    k: str,
+    v: str,
+    bias: str,
+    sees: str,
+    lse: bool = False,
 ) -> tuple[str, ...]:
     """softmax(scale · q kᵀ + bias) v and, with ``lse``, the scores' log-sum-exp.
 
     q [B, Hq, M, D]; k, v [B, Hkv, N, D]; bias float32, broadcastable to [B, Hkv, Hq/Hkv, M, N], 0
     or HIDDEN; sees bool, broadcastable to [B, Hq, M, 1]: rows that see a key, the others are zero in
-    both; the attribute ``scale``. Returns [B, M, Hq, D] in q's type and float32 [B, Hq, M]. Scores
+    both; scale float32. Returns [B, M, Hq, D] in q's type and float32 [B, Hq, M]. Scores
     are products in q's type, the softmax is float32.
     """
     batch, rows, heads, kv_heads = sizes.batch, sizes.rows, sizes.heads, sizes.kv_heads
     # Scaled first: half-precision products stay in range. Heads of a group become rows.
-    scaled = b.op("Mul", q, b.op("CastLike", b.attribute("scale"), q))
+    scaled = b.op("Mul", q, b.op("CastLike", scale, q))
     grouped = b.reshape(scaled, batch, kv_heads, -1, sizes.dim)
     scores = b.float(b.op("MatMul", grouped, b.op("Transpose", k, perm=[0, 1, 3, 2])))
     if isinstance(heads, int) and isinstance(kv_heads, int):
@@ -99,14 +110,59 @@ def _body(
         near = b.op("Sub", after, window)
         bounded = b.op("Greater", window, b.constant(0))
         first = b.op("Where", bounded, b.op("Max", first, near), first)
+    scale = b.attribute("scale")
+    sizes = Sizes(b.size("q", 0), length, b.size("q", 1), b.size("k", 1), b.size("q", 3))
+    if "cu_seqlens" in given:
+        return _in_blocks(b, sizes, scale, first, end, lse)
+    bias, sees = _between(b, key, first, end)
+    return attend(b, sizes, scale, "q", "k", "v", bias, sees, lse)
+
+
+def _between(b: Body, key: str, first: str, end: str) -> tuple[str, str]:
+    """Bias [M, N] and whether a row sees a key [M, 1], for keys from first to end of each row [M]."""
     visible = b.op(
         "And",
         b.op("GreaterOrEqual", b.unsqueeze(key, 0), b.unsqueeze(first, 1)),
         b.op("Less", b.unsqueeze(key, 0), b.unsqueeze(end, 1)),
     )
-    sees = b.unsqueeze(b.op("Less", first, end), 1)
-    sizes = Sizes(b.size("q", 0), length, b.size("q", 1), b.size("k", 1), b.size("q", 3))
-    return attend(b, sizes, "q", "k", "v", bias_of(b, visible), sees, lse)
+    return bias_of(b, visible), b.unsqueeze(b.op("Less", first, end), 1)
+
+
+def _in_blocks(
+    b: Body, sizes: Sizes, scale: str, first: str, end: str, lse: bool
+) -> tuple[str, ...]:
+    """Packed attention, BLOCK rows at a time, each with the keys of its own segments only.
+
+    Windows of an encoder are far shorter than the sequence: of all pairs of rows, few are scored.
+    """
+    one, block = b.constant([1]), b.constant([BLOCK])
+    count = b.op("Div", b.op("Add", sizes.rows, b.constant([BLOCK - 1])), block)
+    last = b.op("Sub", sizes.rows, one)
+
+    c = Body(prefix="block_")
+    begin = c.op("Mul", STEP, c.constant(BLOCK))
+    # The last block is filled up with its last row: results of all blocks have one shape.
+    rows = c.op("Min", c.op("Add", c.range(c.constant([BLOCK])), begin), last)
+    starts, ends = c.op("Gather", first, rows), c.op("Gather", end, rows)
+    # A row outside all segments starts at 0 and would have all keys scored.
+    starts = c.op("Where", c.op("Less", starts, ends), starts, last)
+    low = c.op("ReduceMin", starts, c.constant([0]), keepdims=1)
+    high = c.op("ReduceMax", ends, c.constant([0]), keepdims=1)
+    high = c.op("Max", high, c.op("Add", low, c.constant([1])))
+    key = c.op("Add", c.range(c.op("Sub", high, low)), low)
+    bias, sees = _between(c, key, starts, ends)
+    q = c.op("Gather", "q", rows, axis=2)
+    k, v = (c.slice(x, 2, low, high) for x in ("k", "v"))
+    within = replace(sizes, rows=c.constant([BLOCK]))
+    made = b.loop(count, c, attend(c, within, scale, q, k, v, bias, sees, lse))
+
+    # [blocks, 1, BLOCK, Hq, D]: one batch row, so blocks follow one another.
+    out = b.reshape(made[0], 1, -1, sizes.heads, sizes.dim)
+    out = b.slice(out, 1, 0, sizes.rows)
+    if not lse:
+        return (out,)
+    sums = b.op("Transpose", made[1], perm=[1, 2, 0, 3])  # [1, Hq, blocks, BLOCK]
+    return out, b.slice(b.reshape(sums, 1, sizes.heads, -1), 2, 0, sizes.rows)
 
 
 def _with_lse(b: Body, given: frozenset[str], chosen: dict[str, Any]) -> tuple[str, ...]:

@@ -82,7 +82,8 @@ def _body(
         real = b.op("And", real, b.op("Less", first, last))
     sees = b.unsqueeze(real, 1, 3)
     bias = bias_of(b, b.unsqueeze(visible, 1, 2))
-    return attend(b, sizes, "q", caches[0], caches[1], bias, sees, lse) + caches
+    scale = b.attribute("scale")
+    return attend(b, sizes, scale, "q", caches[0], caches[1], bias, sees, lse) + caches
 
 
 def _with_lse(b: Body, given: frozenset[str], chosen: dict[str, Any]) -> tuple[str, ...]:

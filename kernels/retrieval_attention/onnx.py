@@ -50,7 +50,8 @@ def _body(b: Body, given: frozenset[str], chosen: dict[str, Any]) -> tuple[str, 
     bias = b.op("Expand", b.unsqueeze(bias, 2, 3), b.shape(1, 1, 1, length, 1))
     bias = b.op("Concat", bias, tail_bias, axis=4)  # [B, Hi, 1, S, N]
     real = b.op("Less", row, b.unsqueeze(b.long("new_lens"), 1))
-    return attend(b, sizes, "q", k, v, bias, b.unsqueeze(real, 1, 3)) + caches
+    scale, sees = b.attribute("scale"), b.unsqueeze(real, 1, 3)
+    return attend(b, sizes, scale, "q", k, v, bias, sees) + caches
 
 
 RETRIEVAL_ATTENTION = OnnxOp(

@@ -11,6 +11,7 @@ import torch
 from onnx import helper
 
 from sparsevila_compile.kernels.add_rms_norm.reference import add_rms_norm
+from sparsevila_compile.kernels.attention.onnx import BLOCK
 from sparsevila_compile.kernels.attention.reference import reference_lse as attention_lse
 from sparsevila_compile.kernels.cached_attention.reference import reference_lse as cached_lse
 from sparsevila_compile.kernels.column_reduce.reference import column_reduce
@@ -135,6 +136,20 @@ def test_attention(case: str) -> None:
         assert_catches_broken(out, ref, BOUND)
     assert_close_to(lse, ref_lse, BOUND, case, rows=False)
     assert torch.equal(run("Attention", inputs, **attributes)[0], out)
+
+
+def test_packed_attention_in_several_blocks() -> None:
+    """Segments within a block, over several, over a block's end, and rows outside all of them."""
+    cu_seqlens = ints(3, 40, 40, 300, 301, 600)
+    q, k, v = (normal(1, h, 610, 8, seed=i) for i, h in enumerate((4, 2, 2)))
+    assert 610 > 2 * BLOCK
+    ref, ref_lse = attention_lse(q, k, v, cu_seqlens, 0.7, False, 0)
+    inputs = {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens}
+    out, lse = run("AttentionLse", inputs, scale=0.7, causal=0, window=0)
+    assert ref[0, :3].abs().sum() == ref[0, 600:].abs().sum() == 0
+    assert_close_to(out, ref, BOUND, "out")
+    assert_close_to(lse, ref_lse, BOUND, "lse")
+    assert_catches_broken(out[:, 3:600], ref[:, 3:600], BOUND)
 
 
 @pytest.mark.parametrize("length", [1, 7])
