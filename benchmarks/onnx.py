@@ -32,6 +32,7 @@ from benchmarks.onnx_sides import (
     Load,
     Stock,
     decode_bytes,
+    open_bundle,
     timed,
     write_bundle,
     write_stock,
@@ -130,16 +131,19 @@ def measure(name: str, a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     load = LOADS[name]
     model = {"cards": card_model, "random": random_model}[name](dtype)
     parameters = sum(p.numel() for p in model.parameters())
-    held, head = load.visual + load.text, load.text // 2
+    held = load.visual + load.text
     left: dict[str, str] = {}
     stock: dict[str, Path] = {}
     for title, fusions in (("stock", None), ("stock, fused", a.provider)):
         try:
-            stock[title] = write_stock(model, sample_inputs(model), folder / title, fusions)
+            at = folder / f"{name} {title}"
+            stock[title] = (
+                at if at.exists() else write_stock(model, sample_inputs(model), at, fusions)
+            )
         except ImportError as error:
             left[title] = " ".join(str(error).split())
-    dense_at = write_bundle(model, None, folder / "dense")
-    sparse_at = write_bundle(model, load, folder / "sparse")
+    dense_at = write_bundle(model, None, folder / f"{name} dense")
+    sparse_at = write_bundle(model, load, folder / f"{name} sparse")
     sizes = {
         "dense": decode_bytes(model, held),
         "sparse": decode_bytes(model, load.text + load.attended()),
@@ -148,65 +152,98 @@ def measure(name: str, a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     width = model.config.text_config.hidden_size
     del model
     gc.collect()
-    # After pruning: the first of the visual tokens stay, and of those the first are retrieved.
-    stay = torch.cat([torch.arange(head + load.kept()), torch.arange(head + load.visual, held)])
-    pruned = {n: c[:, :, stay.to(device)] for n, c in caches.items()}
-    index = torch.arange(head + load.attended())
-    sides: dict[str, Any] = {
-        "dense": Bundle(dense_at, device, caches, None, 0),
-        "sparse": Bundle(sparse_at, device, pruned, index, head + load.kept()),
-    }
-    for title, at in stock.items():
-        sides[title] = Stock(at, device, caches, torch.get_num_threads())
-    token = torch.tensor([[11]], device=device)
-    errors = check(sides, Bundle(sparse_at, device, caches, torch.arange(held), held), token, held)
+    error_limit = MOST_ERROR * (1 if dtype == torch.float32 else 30)
+    decoding = decode_step(dense_at, sparse_at, stock, load, caches, device, error_limit, a.rounds)
+    gc.collect()
+    few = {n: c[:, :, : load.prompt].contiguous() for n, c in caches.items()}
+    del caches
+    gc.collect()
     g = torch.Generator().manual_seed(3)
-    share = load.visual / held
-    visual = round(share * load.prompt)
-    fewer = load.prompt - visual + round(visual * load.prune)
-    prompt = (torch.randn(1, load.prompt, width, generator=g) * 0.02).to(device, dtype)
-    first, again = (sides[n].prefill(prompt, visual) for n in ("dense", next(reversed(sides))))
-    errors["prefill"] = relative(again.float(), first.float())
-    if errors["prefill"] > MOST_ERROR * (1 if dtype == torch.float32 else 30):
-        raise SystemExit(f"prefill of {list(sides)[-1]} differs by {errors['prefill']:.2g}")
-    calls = {n: lambda s=s: s.decode(token, held) for n, s in sides.items()}
-    prompts: dict[str, Callable[[], Any]] = {
-        n: lambda s=s: s.prefill(prompt, visual) for n, s in sides.items()
-    }
-    prompts["sparse"] = lambda: sides["sparse"].prefill(
-        prompt[:, :fewer], round(visual * load.prune)
-    )
+    embeds = (torch.randn(1, load.prompt, width, generator=g) * 0.02).to(device, dtype)
+    prompt = prompts(dense_at, sparse_at, stock, load, few, embeds, error_limit, a.prompt_rounds)
     return {
         "parameters": parameters,
         "load": asdict(load),
         "cached tokens": {"dense": held, "sparse": load.text + load.kept()},
         "attended tokens": {"dense": held, "sparse": load.text + load.attended()},
-        "prompt tokens": {"dense": load.prompt, "sparse": fewer},
+        "prompt tokens": {"dense": load.prompt, "sparse": sum(load.pruned_prompt())},
         "bytes a decode step reads": sizes,
         "bytes, sparse / dense": round(sizes["sparse"] / sizes["dense"], 4),
-        "relative error of logits": errors,
-        "decode step": in_turn(calls, a.rounds, device),
-        "prompt": in_turn(prompts, a.prompt_rounds, device),
+        "decode step": decoding,
+        "prompt": prompt,
         "left out": left,
     }
 
 
-def check(
-    sides: dict[str, Any], everything: Bundle, token: torch.Tensor, position: int
-) -> dict[str, float]:
-    """Relative error of each side's logits against the dense bundle's over the same cache.
+def decode_step(
+    dense_at: Path,
+    sparse_at: Path,
+    stock: dict[str, Path],
+    load: Load,
+    caches: dict[str, torch.Tensor],
+    device: torch.device,
+    error_limit: float,
+    rounds: int,
+) -> dict[str, Any]:
+    """One token behind a long cache, all sides."""
+    held, head = load.visual + load.text, load.text // 2
+    token = torch.tensor([[11]], device=device)
+    sides: dict[str, Any] = {"dense": Bundle(open_bundle(dense_at, device, ("language",)), caches)}
+    for title, at in stock.items():
+        sides[title] = Stock(at, device, caches, ("decode",))
+    sparse = open_bundle(sparse_at, device, ("decode",))
+    found = {n: s.decode(token, held) for n, s in sides.items()}
+    everything = Bundle(sparse, caches, torch.arange(held), held)
+    found["sparse, reading all"] = everything.decode(token, held)
+    del everything
+    errors = checked(found, error_limit)
+    # After pruning: the first of the visual tokens stay, and of those the first are retrieved.
+    stay = torch.cat([torch.arange(head + load.kept()), torch.arange(head + load.visual, held)])
+    pruned = {n: c[:, :, stay.to(device)] for n, c in caches.items()}
+    index = torch.arange(head + load.attended())
+    sides["sparse"] = Bundle(sparse, pruned, index, head + load.kept())
+    calls = {n: lambda s=s: s.decode(token, held) for n, s in sides.items()}
+    return {"relative error of logits": errors, **in_turn(calls, rounds, device)}
 
-    ``everything`` is the sparse bundle told to read the whole cache.
+
+def prompts(
+    dense_at: Path,
+    sparse_at: Path,
+    stock: dict[str, Path],
+    load: Load,
+    caches: dict[str, torch.Tensor],
+    embeds: torch.Tensor,
+    error_limit: float,
+    rounds: int,
+) -> dict[str, Any]:
+    """A prompt's embeddings, all sides; the sparse one's is pruned, and it scores."""
+    device = embeds.device
+    sides: dict[str, Any] = {"dense": Bundle(open_bundle(dense_at, device, ("language",)), caches)}
+    for title, at in stock.items():
+        sides[title] = Stock(at, device, caches, ("language_model", "lm_head"))
+    found = {n: s.prefill(embeds, 0) for n, s in sides.items()}
+    runner = open_bundle(sparse_at, device, ("turn",))
+    sparse = Bundle(runner, caches, torch.arange(1), 1)
+    found["sparse, nothing pruned"] = sparse.prefill(embeds, load.pruned_prompt()[1])
+    errors = checked(found, error_limit)
+    text, visual = load.pruned_prompt()
+    fewer = embeds[:, : text + visual].contiguous()
+    calls: dict[str, Callable[[], Any]] = {
+        n: lambda s=s: s.prefill(embeds, 0) for n, s in sides.items()
+    }
+    calls["sparse"] = lambda: sparse.prefill(fewer, visual)
+    return {"relative error of logits": errors, **in_turn(calls, rounds, device)}
+
+
+def checked(found: dict[str, torch.Tensor], error_limit: float) -> dict[str, float]:
+    """Relative error of each side's logits against the dense bundle's.
 
     Raises:
         SystemExit: one differs: what computes something else is not timed.
     """
-    reference = sides["dense"].decode(token, position).float()
-    found = {"sparse, reading all": everything.decode(token, position)}
-    found |= {n: s.decode(token, position) for n, s in sides.items() if n.startswith("stock")}
-    errors = {n: relative(x.float(), reference) for n, x in found.items()}
-    most = MOST_ERROR * (1 if found["sparse, reading all"].dtype == torch.float32 else 30)
-    wrong = {n: e for n, e in errors.items() if not e < most}
+    reference = found["dense"].float()
+    errors = {n: relative(x.float(), reference) for n, x in found.items() if n != "dense"}
+    wrong = {n: e for n, e in errors.items() if not e < error_limit}
     if wrong:
         raise SystemExit(f"not timed, logits differ from the dense bundle's: {wrong}")
     return errors
@@ -238,6 +275,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     p.add_argument("--threads", type=int, default=1, help="on the CPU")
     p.add_argument("--rounds", type=int, default=15, help="decode steps of every side")
     p.add_argument("--prompt-rounds", type=int, default=5, help="prompts of every side")
+    p.add_argument("--work", type=Path, help="keep what is exported here; stock exports are reused")
     p.add_argument("--out", type=Path, help="JSON file to write")
     a = p.parse_args(arguments)
     torch.set_num_threads(a.threads)
@@ -245,7 +283,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     report: dict[str, Any] = {"environment": environment(a)}
     for name in LOADS if a.model == "all" else [a.model]:
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            report[name] = measure(name, a, Path(folder))
+            report[name] = measure(name, a, a.work or Path(folder))
         print(name, json.dumps(report[name], indent=1), flush=True)
     if a.out:
         a.out.write_text(json.dumps(report, indent=1) + "\n")

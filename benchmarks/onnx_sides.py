@@ -49,6 +49,11 @@ class Load:
     def attended(self) -> int:
         return keep_count(self.retrieve, self.kept())
 
+    def pruned_prompt(self) -> tuple[int, int]:
+        """Text and visual tokens of the prompt after pruning."""
+        visual = round(self.prompt * self.visual / (self.visual + self.text))
+        return self.prompt - visual, keep_count(self.prune, visual)
+
 
 def passes(sparse: Load | None) -> list[Any]:
     """The dense recipe's passes, or the sparse one's."""
@@ -66,28 +71,34 @@ def write_bundle(model: Any, sparse: Load | None, folder: Path) -> Path:
     lowering = LowerToOnnx.of("auto", pure=False)
     reports = run_passes(program, passes(sparse), Context(), lowering=lowering)
     processor = AutoProcessor.from_pretrained(CARDS / "checkpoint")
-    return bundle.save(program, processor, reports, {}, folder, options=lowering.options)
+    return bundle.save(
+        program, processor, reports, {}, folder, overwrite=True, options=lowering.options
+    )
+
+
+def open_bundle(folder: Path, device: torch.device, graphs: tuple[str, ...]) -> OnnxRunner:
+    """A bundle's runner with these graphs alone: the others' sessions would take memory."""
+    _, manifest = bundle.load_bundle(folder)
+    wanted = {name: manifest["graphs"][name] for name in ("embed", *graphs)}
+    return OnnxRunner(folder, {**manifest, "graphs": wanted}, device)
 
 
 class Bundle:
-    """A bundle of this package.
+    """A bundle of this package over some cached tokens.
 
     Args:
-        tokens: how many of the cache's tokens it holds (after pruning, for a sparse one).
         index: positions that a sparse decode step reads below ``tail``; None decodes densely.
     """
 
     def __init__(
         self,
-        folder: Path,
-        device: torch.device,
+        runner: OnnxRunner,
         caches: dict[str, torch.Tensor],
-        index: torch.Tensor | None,
-        tail: int,
+        index: torch.Tensor | None = None,
+        tail: int = 0,
     ) -> None:
-        _, manifest = bundle.load_bundle(folder)
-        self.runner = OnnxRunner(folder, manifest, device)
-        self.device = device
+        self.runner = runner
+        self.device = device = runner.device
         self.held = next(iter(caches.values())).shape[2]
         room = 64
         self.caches = {
@@ -96,7 +107,7 @@ class Bundle:
         }
         self.sparse: dict[str, torch.Tensor] = {}
         if index is not None:
-            names = [n for n in manifest["graphs"]["decode"]["inputs"] if n.startswith("index_")]
+            names = [n.replace("k_cache", "index") for n in caches if n.startswith("k_cache")]
             self.sparse = dict.fromkeys(names, index.to(device, torch.int32)[None, None])
             self.sparse["tail_start"] = self._int32(tail)
 
@@ -127,6 +138,8 @@ class Bundle:
 
         ``visual`` of them, from the second on, are visual tokens, which a sparse one scores.
         """
+        if not self.sparse and visual:
+            raise ValueError("a dense bundle scores nothing")
         columns = torch.arange(1, 1 + visual, dtype=torch.int32, device=self.device)[None]
         caches = {n: c[:, :, : embeds.shape[1] + 8].contiguous() for n, c in self.caches.items()}
         out = {}
@@ -147,16 +160,22 @@ class Stock:
     """
 
     def __init__(
-        self, folder: Path, device: torch.device, caches: dict[str, torch.Tensor], threads: int
+        self,
+        folder: Path,
+        device: torch.device,
+        caches: dict[str, torch.Tensor],
+        graphs: tuple[str, ...],
     ) -> None:
         self.device = device
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = torch.get_num_threads()
         kind = PROVIDERS[device.type]
         self.sessions = {
-            f.stem: onnxruntime.InferenceSession(str(f), options, providers=[kind])
-            for f in sorted(folder.glob("*.onnx"))
+            name: onnxruntime.InferenceSession(
+                str(folder / f"{name}.onnx"), options, providers=[kind]
+            )
+            for name in graphs
         }
         self.past = {
             f"input.past_key_values.layers.{name.rpartition('_')[2]}."

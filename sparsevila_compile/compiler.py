@@ -219,7 +219,9 @@ def _save(recipe: Recipe) -> Callable[..., Path]:
     from sparsevila_compile.onnx.bundle import save
     from sparsevila_compile.onnx.lowering import export_options
 
-    return functools.partial(save, options=export_options(recipe.emit.dtype, recipe.emit.pure))
+    emit = recipe.emit
+    options = export_options(emit.dtype, emit.pure, emit.int8_activations)
+    return functools.partial(save, options=options)
 
 
 def _load(recipe: Recipe, device: torch.device, clock: _Clock) -> tuple[Any, Any]:

@@ -98,7 +98,8 @@ class Recipe:
         if self.emit.format == "onnx":
             from sparsevila_compile.onnx.lowering import LowerToOnnx
 
-            return LowerToOnnx.of(self.emit.dtype, self.emit.pure)
+            emit = self.emit
+            return LowerToOnnx.of(emit.dtype, emit.pure, emit.int8_activations)
         last = _registry(registry)["lower_ops"]
         return last(last.config_type())
 

@@ -22,9 +22,9 @@ from sparsevila_compile.passes.lower_ops import canonical_op, require_cache
 from sparsevila_compile.program import Program
 
 
-def export_options(dtype: str, pure: bool) -> ExportOptions:
+def export_options(dtype: str, pure: bool, int8_activations: bool) -> ExportOptions:
     """The export's options for those of an ``emit`` section."""
-    return ExportOptions(None if dtype == "auto" else dtype_of(dtype), pure)
+    return ExportOptions(None if dtype == "auto" else dtype_of(dtype), pure, int8_activations)
 
 
 class LowerToOnnxConfig(PassConfig):
@@ -34,6 +34,9 @@ class LowerToOnnxConfig(PassConfig):
         default="auto", description="Type of the bundle's tensors; auto keeps the program's."
     )
     pure: bool = Field(default=False, description="Ops of ai.onnx only.")
+    int8_activations: bool = Field(
+        default=False, description="4-bit linears round their inputs to int8."
+    )
 
 
 class LowerToOnnx(Pass[LowerToOnnxConfig]):
@@ -46,15 +49,19 @@ class LowerToOnnx(Pass[LowerToOnnxConfig]):
 
     @classmethod
     def of(
-        cls, dtype: Literal["auto", "float32", "bfloat16", "float16"], pure: bool
+        cls,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        pure: bool = False,
+        int8_activations: bool = False,
     ) -> LowerToOnnx:
         """The pass for an ``emit`` section's options."""
-        return cls(LowerToOnnxConfig(dtype=dtype, pure=pure))
+        return cls(LowerToOnnxConfig(dtype=dtype, pure=pure, int8_activations=int8_activations))
 
     @property
     def options(self) -> ExportOptions:
         """The options of the export."""
-        return export_options(self.config.dtype, self.config.pure)
+        config = self.config
+        return export_options(config.dtype, config.pure, config.int8_activations)
 
     def requires(self, program: Program) -> None:
         require_cache(program)

@@ -204,8 +204,8 @@ def _nothing() -> bytes:
     """The smallest model there is."""
     from onnx import TensorProto, helper
 
-    ends = [[helper.make_tensor_value_info(n, TensorProto.FLOAT, [1])] for n in ("x", "y")]
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "nothing", *ends)
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in ("x", "y"))
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "nothing", [x], [y])
     opset = [helper.make_opsetid("", OPSET)]
     model: bytes = helper.make_model(
         graph, opset_imports=opset, ir_version=IR_VERSION

@@ -69,7 +69,7 @@ def test_what_onnx_cannot_hold(tmp_path: Path, listed: str, place: str, message:
     load(tmp_path, module)  # the same passes are fine there
 
 
-@pytest.mark.parametrize("option", ["pure: true", "dtype: float16"])
+@pytest.mark.parametrize("option", ["pure: true", "dtype: float16", "int8_activations: true"])
 def test_options_of_onnx_without_it(tmp_path: Path, option: str) -> None:
     text = RECIPE.replace("  - EXTRA\n", "").replace("format: onnx", f"format: module, {option}")
     key = option.partition(":")[0]
@@ -80,3 +80,11 @@ def test_unknown_format_and_dtype(tmp_path: Path) -> None:
     text = RECIPE.replace("  - EXTRA\n", "")
     assert "emit.format: must be" in refusal(tmp_path, text.replace("onnx", "onxx"))
     assert "emit.dtype: must be" in refusal(tmp_path, text.replace("out/x", "out/x, dtype: int8"))
+
+
+def test_pure_has_no_int8_activations(tmp_path: Path) -> None:
+    text = RECIPE.replace("  - EXTRA\n", "")
+    asked = text.replace("out/x", "out/x, int8_activations: true")
+    assert load(tmp_path, asked).lowering().config.int8_activations
+    said = refusal(tmp_path, asked.replace("out/x", "out/x, pure: true"))
+    assert "emit.int8_activations: has no op in ai.onnx" in said
