@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
 import torch
 import torch._dynamo
 from torch import fx
@@ -97,10 +96,10 @@ class Sizes:
     """Evaluates symbolic sizes of a captured graph from the arguments of a call."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        self._at: dict[sympy.Symbol, int] = {}
+        self._at: dict[Any, int] = {}
         for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
             value = node.meta.get("example_value")
-            if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
+            if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
                 self._at.setdefault(value.node.expr, i)
 
     def shape(self, sizes: Sequence[int | torch.SymInt], args: Sequence[Any]) -> tuple[int, ...]:
@@ -110,8 +109,8 @@ class Sizes:
         if not isinstance(size, torch.SymInt):
             return int(size)
         expr = size.node.expr
-        known = {s: sympy.Integer(args[self._at[s]]) for s in expr.free_symbols if s in self._at}
-        return int(expr.xreplace(known))
+        known = {s: int(args[self._at[s]]) for s in expr.free_symbols if s in self._at}
+        return int(expr.subs(known))
 
 
 def generate_arguments(model: Any) -> dict[str, Any] | None:

@@ -13,6 +13,8 @@ from sparsevila_compile.running import GraphRunner, Runner
 class InductorRunner(GraphRunner):
     """Each component compiled by Inductor at its first run, for any lengths; canonical ops stay.
 
+    A component of a single op (the embedding) leaves nothing to compile and runs as it is.
+
     Inductor keeps intermediate results in float32 where torch rounds them; it is told to round as
     torch does, so that tokens do not depend on who compiled.
     """
@@ -20,6 +22,8 @@ class InductorRunner(GraphRunner):
     def __init__(self, program: Program) -> None:
         super().__init__(program)
         for name, component in program.components.items():
+            if sum(node.op == "call_function" for node in component.graph.nodes) < 2:
+                continue
             compiled: Any = torch.compile(
                 component.module(program.weights),
                 backend="inductor",

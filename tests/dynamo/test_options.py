@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +119,7 @@ def test_a_pass_that_cannot_be_done_is_left_out_and_named() -> None:
     assert [n.name for n in report.not_done] == ["sparsify_decode_attention"]
     strict = models.compiled("llava", IMPOSSIBLE, strict=True)
     with pytest.raises(UserError, match="layers"):
-        models.ask(strict, tiny.inputs("llava", ROWS))
+        strict(**tiny.inputs("llava", ROWS), logits_to_keep=1)
 
 
 def test_another_recipe_for_a_compiled_model_is_refused() -> None:
@@ -136,19 +133,3 @@ def test_another_recipe_for_a_compiled_model_is_refused() -> None:
             models.ask(model, prompt)
     finally:
         model._compiled_call_impl = before
-
-
-def test_the_backend_is_there_without_an_import(tmp_path: Path) -> None:
-    script = """
-        import sys
-        import torch
-        assert "sparsevila" in torch._dynamo.list_backends()
-        assert not any(m.startswith("sparsevila_compile") for m in sys.modules)
-        torch._dynamo.lookup_backend("sparsevila")
-        assert "sparsevila_compile.dynamo.backend" in sys.modules
-    """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
