@@ -14,8 +14,11 @@ from .stream_rows import GROUP, layouts, stream_rows
 WIDE = 16384
 """Outputs from which on more than one row of x is worth it."""
 
-PROGRAMS = 9
-"""Programs for each processor at most, a few of which run at a time: fewer take more rows each."""
+LONG = 64
+"""Groups from which on a row of the weight is too long for two rows of x."""
+
+WARPS = 36
+"""Warps of all programs for each processor, about half of which run at a time, for one row of x."""
 
 
 class StreamTiles(NamedTuple):
@@ -40,19 +43,22 @@ def stream_tiles(rows: int, outputs: int, groups: int, multiprocessors: int) -> 
     None where :mod:`.few_rows` is faster, or there are too few outputs for a tile.
     """
     tokens = next_power_of_2(rows)
+    wide, long = outputs >= WIDE, groups >= LONG
     if tokens == 1:
-        eights, warps, stages = 8, 4 if groups > 16 else 2, 2
-    elif tokens <= 4 and outputs >= WIDE:
-        eights, warps, stages = (8, 2, 3) if tokens == 2 else (4, 2, 4)
+        # Four warps take 32 groups at a time, unless that leaves many of the last ones idle.
+        eights, warps = 8, 4 if 32 * cdiv(groups, 32) <= 1.2 * groups else 2
+    elif wide:
+        eights, warps = {2: (8, 2), 4: (4, 2), 8: (4, 4)}[tokens]
+    elif tokens == 2 and not long:
+        eights, warps = 4, 4
     else:
         return None
     tile = eights * tokens
     if tile > outputs:
         return None
-    programs = PROGRAMS * multiprocessors if tokens == 1 else cdiv(outputs, tile)
-    return StreamTiles(
-        tokens, eights, warps, stages, min(outputs, tile * cdiv(outputs, tile * programs))
-    )
+    programs = WARPS * multiprocessors // warps if tokens == 1 else cdiv(outputs, tile)
+    share = min(outputs, tile * cdiv(outputs, tile * programs))
+    return StreamTiles(tokens, eights, warps, 2, share)
 
 
 def streams(device: torch.device, dtype: torch.dtype, group_size: int, groups: int) -> bool:
