@@ -160,8 +160,27 @@ class Body:
         times = self.op("Squeeze", count, self.constant([0]))
         return self.ops("Loop", len(results), times, "", body=graph)
 
+    def either(self, condition: str, yes: Body, no: Body, results: Sequence[str]) -> list[str]:
+        """The values ``results``, which both bodies write, from ``yes`` or from ``no``."""
+        graphs = {
+            name: helper.make_graph(
+                body.nodes, name, [], [helper.make_empty_tensor_value_info(r) for r in results]
+            )
+            for name, body in (("then_branch", yes), ("else_branch", no))
+        }
+        return self.ops("If", len(results), condition, **graphs)
+
     def flip(self, condition: str) -> str:
         return self.op("Not", condition)
+
+
+def _rename(nodes: Sequence[onnx.NodeProto], names: dict[str, str]) -> None:
+    """Values by other names, in graphs within the nodes too."""
+    for node in nodes:
+        node.input[:] = [names.get(x, x) for x in node.input]
+        node.output[:] = [names.get(x, x) for x in node.output]
+        for attribute in node.attribute:
+            _rename(attribute.g.node, names)
 
 
 @dataclass(frozen=True)
@@ -225,9 +244,7 @@ class OnnxOp:
                 b.nodes.append(helper.make_node("Identity", [value], [port.name]))
             else:
                 names[value] = port.name
-        for node in b.nodes:
-            node.input[:] = [names.get(x, x) for x in node.input]
-            node.output[:] = [names.get(x, x) for x in node.output]
+        _rename(b.nodes, names)
 
     def node(
         self, inputs: Sequence[str], outputs: Sequence[str], attributes: dict[str, Any]

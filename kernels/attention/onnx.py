@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..onnx_support import HIDDEN, STEP, Body, OnnxOp, Port
 
-BLOCK = 256
-"""Rows of a packed attention that are scored at once: what bounds the memory of its scores."""
+BLOCK = 128
+"""Rows that are scored at once, with all their heads and keys."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,7 @@ def _body(
         first = b.op("Where", bounded, b.op("Max", first, near), first)
     scale = b.attribute("scale")
     sizes = Sizes(b.size("q", 0), length, b.size("q", 1), b.size("k", 1), b.size("q", 3))
-    if "cu_seqlens" in given:
-        return _in_blocks(b, sizes, scale, first, end, lse)
-    bias, sees = _between(b, key, first, end)
-    return attend(b, sizes, scale, "q", "k", "v", bias, sees, lse)
+    return _in_blocks(b, sizes, scale, first, end, lse)
 
 
 def _between(b: Body, key: str, first: str, end: str) -> tuple[str, str]:
@@ -131,8 +129,9 @@ def _between(b: Body, key: str, first: str, end: str) -> tuple[str, str]:
 def _in_blocks(
     b: Body, sizes: Sizes, scale: str, first: str, end: str, lse: bool
 ) -> tuple[str, ...]:
-    """Packed attention, BLOCK rows at a time, each with the keys of its own segments only.
+    """Attention, BLOCK rows at a time, each with the keys of its own segments only.
 
+    Scores of a block stay in the processor's caches; those of all rows take many times as long.
     Windows of an encoder are far shorter than the sequence: of all pairs of rows, few are scored.
     """
     one, block = b.constant([1]), b.constant([BLOCK])
@@ -156,13 +155,18 @@ def _in_blocks(
     within = replace(sizes, rows=c.constant([BLOCK]))
     made = b.loop(count, c, attend(c, within, scale, q, k, v, bias, sees, lse))
 
-    # [blocks, 1, BLOCK, Hq, D]: one batch row, so blocks follow one another.
-    out = b.reshape(made[0], 1, -1, sizes.heads, sizes.dim)
+    return joined(b, sizes, made)
+
+
+def joined(b: Body, sizes: Sizes, made: Sequence[str]) -> tuple[str, ...]:
+    """Results of :func:`attend` for blocks of rows, along a new first axis, as those of all rows."""
+    out = b.op("Transpose", made[0], perm=[1, 0, 2, 3, 4])  # [B, blocks, BLOCK, Hq, D]
+    out = b.reshape(out, sizes.batch, -1, sizes.heads, sizes.dim)
     out = b.slice(out, 1, 0, sizes.rows)
-    if not lse:
+    if len(made) == 1:
         return (out,)
-    sums = b.op("Transpose", made[1], perm=[1, 2, 0, 3])  # [1, Hq, blocks, BLOCK]
-    return out, b.slice(b.reshape(sums, 1, sizes.heads, -1), 2, 0, sizes.rows)
+    sums = b.op("Transpose", made[1], perm=[1, 2, 0, 3])  # [B, Hq, blocks, BLOCK]
+    return out, b.slice(b.reshape(sums, sizes.batch, sizes.heads, -1), 2, 0, sizes.rows)
 
 
 def _with_lse(b: Body, given: frozenset[str], chosen: dict[str, Any]) -> tuple[str, ...]:

@@ -6,10 +6,14 @@ output the buffer of its input (onnxruntime's I/O binding) writes the new tokens
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from ..attention.onnx import Sizes, attend, bias_of
-from ..onnx_support import Body, OnnxOp, Port
+from onnx import helper
+
+from ..attention.onnx import BLOCK, Sizes, attend, bias_of, joined
+from ..onnx_support import STEP, Body, OnnxOp, Port
 
 SIZES = (Port("length", "L", optional=True), Port("capacity", "L", optional=True))
 """S and L as int64 [1]. Given where several layers have them in common: their index arithmetic then
@@ -81,9 +85,58 @@ def _body(
         last = b.op("Sub", capacity, b.constant([1]))
         real = b.op("And", real, b.op("Less", first, last))
     sees = b.unsqueeze(real, 1, 3)
-    bias = bias_of(b, b.unsqueeze(visible, 1, 2))
-    scale = b.attribute("scale")
-    return attend(b, sizes, scale, "q", caches[0], caches[1], bias, sees, lse) + caches
+    bias, scale = bias_of(b, b.unsqueeze(visible, 1, 2)), b.attribute("scale")
+    k, v = caches
+    few, many = Body(prefix="few_"), Body(prefix="many_")
+    names = ["attended", "sums"][: 1 + lse]
+    made = attend(few, sizes, scale, "q", k, v, bias, sees, lse)
+    _name(few, made, names)
+    made = _in_blocks(many, sizes, scale, k, v, bias, sees, capacity, lse)
+    _name(many, made, names)
+    short = b.op("LessOrEqual", sizes.rows, b.constant([BLOCK]))
+    return (*b.either(b.op("Squeeze", short, b.constant([0])), few, many, names), *caches)
+
+
+def _name(b: Body, made: Sequence[str], names: Sequence[str]) -> None:
+    for value, name in zip(made, names, strict=True):
+        b.nodes.append(helper.make_node("Identity", [value], [name]))
+
+
+def _in_blocks(
+    b: Body,
+    sizes: Sizes,
+    scale: str,
+    k: str,
+    v: str,
+    bias: str,
+    sees: str,
+    capacity: str,
+    lse: bool,
+) -> tuple[str, ...]:
+    """BLOCK queries at a time, each with the keys up to its last: no row sees any behind."""
+    one, block = b.constant([1]), b.constant([BLOCK])
+    count = b.op("Div", b.op("Add", sizes.rows, b.constant([BLOCK - 1])), block)
+    last = b.op("Sub", sizes.rows, one)
+    furthest = b.op("ReduceMax", b.long("cache_lens"), b.constant([0]), keepdims=1)
+    c = Body(prefix="block_")
+    begin = c.op("Mul", STEP, c.constant(BLOCK))
+    # The last block is filled up with the last row: results of all blocks have one shape.
+    rows = c.op("Min", c.op("Add", c.range(block), begin), last)
+    end = c.op("Add", c.op("Add", furthest, begin), block)
+    end = c.op("Min", end, capacity)
+    part = c.slice(c.op("Gather", bias, rows, axis=3), 4, 0, end)
+    made = attend(
+        c,
+        replace(sizes, rows=block),
+        scale,
+        c.op("Gather", "q", rows, axis=2),
+        c.slice(k, 2, 0, end),
+        c.slice(v, 2, 0, end),
+        part,
+        c.op("Gather", sees, rows, axis=2),
+        lse,
+    )
+    return joined(b, sizes, b.loop(count, c, made))
 
 
 def _with_lse(b: Body, given: frozenset[str], chosen: dict[str, Any]) -> tuple[str, ...]:

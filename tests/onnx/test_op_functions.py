@@ -138,11 +138,27 @@ def test_attention(case: str) -> None:
     assert torch.equal(run("Attention", inputs, **attributes)[0], out)
 
 
+def test_attention_in_several_blocks() -> None:
+    q, k, v = (normal(2, h, 2 * BLOCK + 20, 8, seed=i) for i, h in enumerate((4, 2, 2)))
+    ref, ref_lse = attention_lse(q, k, v, None, 0.7, False, 0)
+    out, lse = run("AttentionLse", {"q": q, "k": k, "v": v}, scale=0.7, causal=0, window=0)
+    assert_catches_broken(out, ref, BOUND)
+    assert_close_to(lse, ref_lse, BOUND, "lse")
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_cached_attention_in_several_blocks(window: int) -> None:
+    """Rows that end in different blocks; one whose last tokens do not fit."""
+    length = 2 * BLOCK + 20
+    lens, new = ints(0, 30, 60, 7), ints(length, BLOCK + 3, length, 0)
+    _cached(length, window, 2, length + 31, lens, new)
+
+
 def test_packed_attention_in_several_blocks() -> None:
     """Segments within a block, over several, over a block's end, and rows outside all of them."""
     cu_seqlens = ints(3, 40, 40, 300, 301, 600)
     q, k, v = (normal(1, h, 610, 8, seed=i) for i, h in enumerate((4, 2, 2)))
-    assert 610 > 2 * BLOCK
+    assert 2 * BLOCK < 610
     ref, ref_lse = attention_lse(q, k, v, cu_seqlens, 0.7, False, 0)
     inputs = {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens}
     out, lse = run("AttentionLse", inputs, scale=0.7, causal=0, window=0)
@@ -279,6 +295,20 @@ def test_column_reduce(case: set[str], with_lse: bool, heads: str) -> None:
     assert ref.max() > 0.02
     if "columns" not in case:
         assert_catches_broken(out[:, :, :13], ref[:, :, :13], BOUND)
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_column_reduce_in_several_blocks(with_lse: bool) -> None:
+    rows = 2 * BLOCK + 30
+    cu_seqlens = ints(0, 40, 40, 200, 201, rows - 5)
+    q, k = normal(1, 4, rows, 8), normal(1, 2, rows, 8, seed=1)
+    lse = attention_lse(q, k, k, cu_seqlens, 0.8, False, 0)[1] if with_lse else None
+    inputs = {"q": q, "k": k, "cu_seqlens": cu_seqlens, "row_lse": lse}
+    (out,) = run("ColumnReduce", inputs, scale=0.8, causal=0, heads="kv")
+    ref = column_reduce(q, k, None, cu_seqlens, None, None, None, lse, 0.8, False, "kv")
+    assert_catches_broken(out, ref, BOUND)
+    for first, end in ((0, 40), (40, 200), (201, rows - 5)):
+        assert ref[0, :, first:end].sum(1).tolist() == pytest.approx([1, 1], rel=1e-4)
 
 
 def _lse(inputs: dict[str, Any], causal: bool) -> torch.Tensor:
