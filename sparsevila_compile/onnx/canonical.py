@@ -25,7 +25,7 @@ from sparsevila_compile.kernels.rotary.onnx import ROTARY
 from sparsevila_compile.kernels.select_tokens.onnx import SELECT_TOKENS
 from sparsevila_compile.kernels.silu_mul.onnx import SILU_MUL
 from sparsevila_compile.kernels.w8a8_linear.onnx import W8A8_LINEAR
-from sparsevila_compile.onnx.aten import CONVERTERS, arguments, converts
+from sparsevila_compile.onnx.aten import arguments, converts
 from sparsevila_compile.onnx.graph_writer import GraphWriter, Value
 
 ONNX_OPS: tuple[OnnxOp, ...] = (
@@ -218,10 +218,3 @@ def _w4a16_linear(g: GraphWriter, node: fx.Node) -> Value:
 @converts(ops.W4A8_LINEAR)
 def _w4a8_linear(g: GraphWriter, node: fx.Node) -> Value:
     raise g.refuse(node, "fp8_prefill multiplies in float8, which has no form there; leave it out")
-
-
-def registered() -> bool:
-    """Whether every canonical op has a converter."""
-    from sparsevila_compile.kernels.registry import OPS
-
-    return all(op.overload in CONVERTERS for op in OPS.values())

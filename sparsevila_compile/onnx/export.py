@@ -23,6 +23,7 @@ from sparsevila_compile.kernels.onnx_support import DOMAIN as DOMAIN
 from sparsevila_compile.kernels.onnx_support import DOMAIN_VERSION as DOMAIN_VERSION
 from sparsevila_compile.kernels.onnx_support import IR_VERSION
 from sparsevila_compile.kernels.onnx_support import OPSET as OPSET
+from sparsevila_compile.onnx import aten_shapes as aten_shapes  # registers its converters
 from sparsevila_compile.onnx.aten import CONVERTERS
 from sparsevila_compile.onnx.canonical import EMITTED, ONNX_OPS, PURE_W4A16
 from sparsevila_compile.onnx.graph_writer import GraphWriter

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sparsevila_compile import ops
 from sparsevila_compile.errors import UserError
 from sparsevila_compile.onnx.aten import CONVERTERS
 from sparsevila_compile.onnx.canonical import EMITTED
@@ -159,6 +160,13 @@ def test_every_converter_is_tried() -> None:
     canonical = {*EMITTED, W4A8_LINEAR}
     missing = {t for t, c in CONVERTERS.items() if c not in tried and t not in canonical}
     assert not missing
+
+
+def test_every_op_of_graphs_has_a_converter() -> None:
+    declared = {op for op in vars(ops).values() if isinstance(op, torch._ops.OpOverload)}
+    assert len(declared) >= 13
+    assert declared == {*EMITTED, W4A8_LINEAR}
+    assert declared <= set(CONVERTERS)
 
 
 # ------------------------------------------------------------------- refusals
