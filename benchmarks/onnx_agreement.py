@@ -195,13 +195,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         quantized = [*DENSE, INT4]
         module = compiled(quantized, "module", folder / "int4 module")
         bundle = compiled(quantized, "onnx", folder / "int4 onnx")
-        report["int4"] = {
-            "module against float32": error_against(module, dense, samples),
-            "bundle against float32": error_against(bundle, dense, samples),
-            "bundle against module": error_against(bundle, module, samples),
-            **asdict(agree(module, bundle, samples)),
-        }
-        print("int4", report["int4"], flush=True)
+        fast = compiled(quantized, "onnx", folder / "int4 int8", int8_activations=True)
+        for key, one in (("int4", bundle), ("int4, int8 activations", fast)):
+            report[key] = {
+                "module against float32": error_against(module, dense, samples),
+                "bundle against float32": error_against(one, dense, samples),
+                "bundle against module": error_against(one, module, samples),
+                **asdict(agree(module, one, samples)),
+            }
+            print(key, report[key], flush=True)
     if a.out:
         a.out.write_text(json.dumps(report, indent=1) + "\n")
     return report

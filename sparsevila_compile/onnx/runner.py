@@ -98,7 +98,7 @@ class OnnxRunner:
     """
 
     capturable = False
-    prefill_chunk = 512  # attention scores of a chunk are held whole, with the cache's capacity
+    prefill_chunk = 2048
 
     def __init__(self, folder: Path, manifest: dict[str, Any], device: torch.device) -> None:
         self.device = device
