@@ -6,7 +6,7 @@ the question's rows have a weight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..attention.onnx import BLOCK, segment_bounds
@@ -27,14 +27,12 @@ class _Rows:
     first: str
     end: str
 
-    def picked(self, b: Body, at: str, there: str, packed: bool) -> _Rows:
-        """The rows ``at`` [m], those without a weight where not ``there`` [m]."""
-        weights = b.op("Gather", self.weights, at, axis=2)
-        weights = b.op("Where", b.unsqueeze(there, 1), weights, b.number(0.0))
+    def picked(self, b: Body, at: str, packed: bool) -> _Rows:
+        """The rows ``at`` [m]."""
         return _Rows(
             b.op("Gather", self.index, at),
             b.op("Gather", self.q, at, axis=2),
-            weights,
+            b.op("Gather", self.weights, at, axis=2),
             b.op("Gather", self.lse, at, axis=2) if self.lse else "",
             b.op("Gather", self.first, at) if packed else self.first,
             b.op("Gather", self.end, at) if packed else self.end,
@@ -91,14 +89,8 @@ def _used_rows(b: Body, given: frozenset[str]) -> _Rows:
     used = b.op("Greater", some, b.number(0.0))
     # At least one row is kept: tensors without rows are what runtimes test least.
     used = b.op("Or", used, b.op("Equal", row, b.constant([0])))
-    return _Rows(
-        b.op("Compress", row, used, axis=0),
-        b.op("Compress", "q", used, axis=2),
-        b.op("Compress", weights, used, axis=2),
-        b.op("Compress", lse, used, axis=2) if lse else "",
-        b.op("Compress", first, used, axis=0) if packed else first,
-        b.op("Compress", end, used, axis=0) if packed else end,
-    )
+    at = b.op("Compress", row, used, axis=0)
+    return _Rows(row, "q", weights, lse, first, end).picked(b, at, packed)
 
 
 def _sums_in_blocks(
@@ -112,7 +104,10 @@ def _sums_in_blocks(
     c = Body(prefix="block_")
     index = c.op("Add", c.range(block), c.op("Mul", block, STEP))
     at, there = c.op("Min", index, last), c.op("LessOrEqual", index, last)
-    part = rows.picked(c, at, there, "cu_seqlens" in given)
+    part = rows.picked(c, at, "cu_seqlens" in given)
+    # The last block is filled up with the last row, which counts once.
+    weights = c.op("Where", c.unsqueeze(there, 1), part.weights, c.number(0.0))
+    part = replace(part, weights=weights)
     (parts,) = b.loop(blocks, c, [_sums(c, given, chosen, part, scale, "k", key)])
     return b.op("ReduceSum", parts, b.constant([0]), keepdims=0)
 

@@ -243,6 +243,10 @@ def _conv(g: GraphWriter, node: fx.Node) -> Value:
         attributes["auto_pad"] = "SAME_UPPER"
     elif padding != "valid":
         attributes["pads"] = each(padding) * 2
-    inputs = [given["input"], given["weight"]]
-    inputs += [] if given["bias"] is None else [given["bias"]]
-    return g.op("Conv", *map(g.tensor, inputs), **attributes)
+    held = [t for t in (given["input"], given["weight"], given["bias"]) if t is not None]
+    dtype = dtype_of(node)
+    if g.dtype(dtype) != torch.bfloat16:
+        return g.op("Conv", *map(g.tensor, held), **attributes)
+    # Conv takes no bfloat16 in this opset.
+    wide = g.op("Conv", *(g.float(g.tensor(t)) for t in held), **attributes)
+    return g.cast(wide, g.type_code(dtype))

@@ -275,6 +275,17 @@ def test_a_bfloat16_program_is_emitted_in_float16(tmp_path: Path) -> None:
     assert_close_to(torch.from_numpy(out).float(), ref, bound, "float16", rows=False)
 
 
+def test_a_bfloat16_program_is_valid_onnx(tmp_path: Path) -> None:
+    """Only its types are checked: onnxruntime multiplies bfloat16 on GPUs alone."""
+    program = trace(tiny.build("llava").to(torch.bfloat16))
+    tiny.run(program, *SPARSE, INT4, *FUSE)
+    for name in program.components:
+        path = saved(program, name, ExportOptions(), tmp_path)
+        onnx.checker.check_model(str(path), full_check=True)
+    model = onnx.load(tmp_path / "vision.onnx")
+    assert onnx.TensorProto.BFLOAT16 in {t.data_type for t in model.graph.initializer}
+
+
 def test_a_value_that_float16_cannot_hold_is_named() -> None:
     program = trace(tiny.build("llava").to(torch.bfloat16))
     name = next(n for n in program.weights if n.endswith("mlp.down_proj.weight"))
