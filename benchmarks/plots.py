@@ -139,7 +139,8 @@ def headline_plot(results: list[Row], file: Path) -> None:
             axes.barh(at, [mine[s] for s in settings if s in mine], high, label=side)
         axes.set_yticks([n + 0.4 - high / 2 for n in range(len(settings))], settings)
         axes.invert_yaxis()
-        axes.set_xscale("log")
+        if key == "ttft_s":  # spans two orders of magnitude
+            axes.set_xscale("log")
         axes.set_title(title)
     both[0].legend(fontsize=8)
     figure.tight_layout()
@@ -162,7 +163,12 @@ def main() -> None:
         if file is None:
             print(f"{name}: no results in {given.results}")
             continue
-        kernel_plot(name, groups(name, json.loads(file.read_text())), given.out / f"{name}.svg")
+        try:
+            found = groups(name, json.loads(file.read_text()))
+        except KeyError as missing:
+            print(f"{name}: {file.name} is of an older form, without {missing}; not plotted")
+            continue
+        kernel_plot(name, found, given.out / f"{name}.svg")
         print(f"{name}: {file.name}")
     for file in sorted(given.results.glob("*-h200-headline*.json")):
         kind = file.stem.split("-h200-")[1]
