@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -92,8 +92,11 @@ def may_vary(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     return tensor
 
 
+Size = Callable[[Sequence[Any]], int]
+
+
 class Sizes:
-    """Evaluates symbolic sizes of a captured graph from the arguments of a call."""
+    """Turns symbolic sizes of a captured graph into functions of a call's arguments."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self._at: dict[Any, int] = {}
@@ -102,15 +105,25 @@ class Sizes:
             if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
                 self._at.setdefault(value.node.expr, i)
 
-    def shape(self, sizes: Sequence[int | torch.SymInt], args: Sequence[Any]) -> tuple[int, ...]:
-        return tuple(self._one(size, args) for size in sizes)
-
-    def _one(self, size: int | torch.SymInt, args: Sequence[Any]) -> int:
+    def of(self, size: int | torch.SymInt) -> Size:
+        """What gives one size; lengths of caches are sums, which need no symbolic algebra a call."""
         if not isinstance(size, torch.SymInt):
-            return int(size)
-        expr = size.node.expr
-        known = {s: int(args[self._at[s]]) for s in expr.free_symbols if s in self._at}
-        return int(expr.subs(known))
+            fixed = int(size)
+            return lambda args: fixed
+        return self._of(size.node.expr)
+
+    def _of(self, expr: Any) -> Size:
+        if expr.is_Integer:
+            fixed = int(expr)
+            return lambda args: fixed
+        if expr.is_Symbol:
+            at = self._at[expr]
+            return lambda args: int(args[at])
+        if expr.is_Add:
+            parts = [self._of(part) for part in expr.args]
+            return lambda args: sum(part(args) for part in parts)
+        known = {s: self._at[s] for s in expr.free_symbols if s in self._at}
+        return lambda args: int(expr.subs({s: int(args[i]) for s, i in known.items()}))
 
 
 def generate_arguments(model: Any) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ to the inner backend as it is, and the report says so. See ``docs/torch-compile.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -159,8 +160,15 @@ def _refusal(message: str) -> Call:
 
 
 def _call(settings: Settings, forward: Forward, rest: Call | None, stock: fx.GraphModule) -> Call:
+    agreed: Any = None  # weakly: Dynamo keeps this code longer than a model may live
+
     def call(*args: Any) -> tuple[Any, ...]:
-        served = _serve(next(running_modules()), settings)
+        nonlocal agreed
+        module = next(running_modules())
+        served = served_of(module)
+        if served is None or agreed is None or agreed() is not served:
+            served = _serve(module, settings)
+            agreed = weakref.ref(served)
         if not (served.settled or served.dense):
             try:
                 served.settle()
@@ -174,6 +182,6 @@ def _call(settings: Settings, forward: Forward, rest: Call | None, stock: fx.Gra
         with torch.no_grad():
             mine = iter(served.run(forward, args))
         others = iter(rest(*(args[i] for i in forward.rest_inputs)) if rest else ())
-        return tuple(next(others if role == "rest" else mine) for role, _ in forward.outputs)
+        return tuple(next(others if role == "rest" else mine) for role in forward.outputs)
 
     return call

