@@ -152,7 +152,8 @@ _ATTRIBUTES = {"scale": "float", "window": "int", "windowed": "int", **HEADS}
 DOC_WRITE = (
     "Token i of k and v [B, Hkv, S, D] is written to position cache_lens[b] + i of the caches "
     "[B, Hkv, L, D], whose values must be finite everywhere; those at or past L are dropped. "
-    "Positions from cache_lens[b] + new_lens[b] on hold nothing. "
+    "Positions from cache_lens[b] + new_lens[b] on hold nothing. length and capacity are S and L, "
+    "int64 [1], given where layers share them. num_heads, kv_num_heads and head_size are Hq, Hkv and D. "
 )
 _DOC = DOC_WRITE + (
     "Query i of q [B, Hq, S, D], if i < new_lens[b], attends the positions up to its own, "
