@@ -152,8 +152,12 @@ class OnnxRunner:
             session = self._ort.InferenceSession(str(file), options, providers=self._providers())
         except Exception as error:  # pybind exceptions with no common base but this
             first = str(error).strip().partition("\n")[0]
+            hint = ""
+            if "NOT_IMPLEMENTED" in first:
+                kind = PROVIDERS[self.device.type]
+                hint = f"; {kind} has no kernel for that type: take another model.dtype or emit.dtype (on a CPU float32), or another provider"
             raise UserError(
-                f"{file}: ONNX Runtime {self._ort.__version__} cannot run it: {first}"
+                f"{file}: ONNX Runtime {self._ort.__version__} cannot run it: {first}{hint}"
             ) from error
         inputs = {v.name: _dtypes(v.type) for v in session.get_inputs()}
         outputs = tuple(v.name for v in session.get_outputs())

@@ -17,8 +17,12 @@ import torch
 
 from sparsevila_compile import artifact, cli, manifest
 from sparsevila_compile.errors import UserError
+from sparsevila_compile.manager import run_passes
 from sparsevila_compile.model import load
 from sparsevila_compile.onnx import bundle, runner
+from sparsevila_compile.onnx.lowering import LowerToOnnx
+from sparsevila_compile.pass_base import Context
+from sparsevila_compile.trace import trace
 from tests import tiny
 from tests.onnx.made import RECIPE, SPARSE, in_torch, lowered, save
 from tests.tiny import Image, words
@@ -307,6 +311,15 @@ def test_provider_and_device(made: Path, tmp_path: Path) -> None:
     module = artifact.save(program, tiny.processor(), [], RECIPE, tmp_path / "module")
     with pytest.raises(UserError, match="is no ONNX bundle"):
         load(module, provider="cpu")
+
+
+def test_a_type_that_the_provider_lacks(tmp_path: Path) -> None:
+    program = trace(tiny.build("llava").to(torch.bfloat16))
+    run_passes(program, tiny.make_passes("insert_kv_cache"), Context(), lowering=LowerToOnnx.of())
+    path = save(program, tmp_path / "a")
+    assert facts(path)["dtype"] == "bfloat16"
+    with pytest.raises(UserError, match="CPUExecutionProvider has no kernel for that type: take"):
+        load(path, provider="cpu")
 
 
 # ---------------------------------------------------------------------- the command
