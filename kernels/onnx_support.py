@@ -92,6 +92,20 @@ class Body:
         self.nodes.append(node)
         return out
 
+    def call(self, values: Sequence[str], names: Sequence[str]) -> None:
+        """Give values other names. What this body did not make is copied.
+
+        A node that only renames would cost a copy where a result must lie in a given buffer.
+        """
+        own = {x for node in self.nodes for x in node.output}
+        renamed: dict[str, str] = {}
+        for value, name in zip(values, names, strict=True):
+            if value in own and value not in renamed:
+                renamed[value] = name
+            else:
+                self.nodes.append(helper.make_node("Identity", [value], [name]))
+        _rename(self.nodes, renamed)
+
     # ------------------------------------------------------------- often needed
 
     def size(self, x: str, axis: int) -> str:
@@ -222,7 +236,7 @@ class OnnxOp:
         made = self.body(b, given, chosen)
         if len(made) != len(self.outputs):
             raise ValueError(f"{self.name}: the body has {len(made)} outputs")
-        self._name_outputs(b, made)
+        b.call(made, [p.name for p in self.outputs])
         return helper.make_function(
             DOMAIN,
             self.name,
@@ -234,17 +248,6 @@ class OnnxOp:
             overload=self.overload(given, chosen),
             doc_string=self.doc,
         )
-
-    def _name_outputs(self, b: Body, made: Sequence[str]) -> None:
-        """The values made get the names of the outputs: a node between would copy whole caches."""
-        inputs = {p.name for p in self.inputs}
-        names = {}
-        for port, value in zip(self.outputs, made, strict=True):
-            if value in inputs or value in names:
-                b.nodes.append(helper.make_node("Identity", [value], [port.name]))
-            else:
-                names[value] = port.name
-        _rename(b.nodes, names)
 
     def node(
         self, inputs: Sequence[str], outputs: Sequence[str], attributes: dict[str, Any]

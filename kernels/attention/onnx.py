@@ -134,14 +134,13 @@ def _in_blocks(
     Scores of a block stay in the processor's caches; those of all rows take many times as long.
     Windows of an encoder are far shorter than the sequence: of all pairs of rows, few are scored.
     """
-    one, block = b.constant([1]), b.constant([BLOCK])
-    count = b.op("Div", b.op("Add", sizes.rows, b.constant([BLOCK - 1])), block)
-    last = b.op("Sub", sizes.rows, one)
+    count, block = blocks_of(b, sizes.rows)
+    last = b.op("Sub", sizes.rows, b.constant([1]))
 
     c = Body(prefix="block_")
-    begin = c.op("Mul", STEP, c.constant(BLOCK))
+    begin = c.op("Mul", block, STEP)
     # The last block is filled up with its last row: results of all blocks have one shape.
-    rows = c.op("Min", c.op("Add", c.range(c.constant([BLOCK])), begin), last)
+    rows = c.op("Min", c.op("Add", c.range(block), begin), last)
     starts, ends = c.op("Gather", first, rows), c.op("Gather", end, rows)
     # A row outside all segments starts at 0 and would have all keys scored.
     starts = c.op("Where", c.op("Less", starts, ends), starts, last)
@@ -152,20 +151,29 @@ def _in_blocks(
     bias, sees = _between(c, key, starts, ends)
     q = c.op("Gather", "q", rows, axis=2)
     k, v = (c.slice(x, 2, low, high) for x in ("k", "v"))
-    within = replace(sizes, rows=c.constant([BLOCK]))
+    within = replace(sizes, rows=block)
     made = b.loop(count, c, attend(c, within, scale, q, k, v, bias, sees, lse))
 
     return joined(b, sizes, made)
 
 
+def blocks_of(b: Body, rows: str) -> tuple[str, str]:
+    """How many blocks of at most BLOCK rows there are, and how many rows each has: alike in all."""
+    one = b.constant([1])
+    count = b.op("Div", b.op("Add", rows, b.constant([BLOCK - 1])), b.constant([BLOCK]))
+    count = b.op("Max", count, one)
+    each = b.op("Div", b.op("Sub", b.op("Add", rows, count), one), count)
+    return count, b.op("Max", each, one)
+
+
 def joined(b: Body, sizes: Sizes, made: Sequence[str]) -> tuple[str, ...]:
     """Results of :func:`attend` for blocks of rows, along a new first axis, as those of all rows."""
-    out = b.op("Transpose", made[0], perm=[1, 0, 2, 3, 4])  # [B, blocks, BLOCK, Hq, D]
+    out = b.op("Transpose", made[0], perm=[1, 0, 2, 3, 4])  # [B, blocks, rows, Hq, D]
     out = b.reshape(out, sizes.batch, -1, sizes.heads, sizes.dim)
     out = b.slice(out, 1, 0, sizes.rows)
     if len(made) == 1:
         return (out,)
-    sums = b.op("Transpose", made[1], perm=[1, 2, 0, 3])  # [B, Hq, blocks, BLOCK]
+    sums = b.op("Transpose", made[1], perm=[1, 2, 0, 3])  # [B, Hq, blocks, rows]
     return out, b.slice(b.reshape(sums, sizes.batch, sizes.heads, -1), 2, 0, sizes.rows)
 
 

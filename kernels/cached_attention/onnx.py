@@ -6,13 +6,10 @@ output the buffer of its input (onnxruntime's I/O binding) writes the new tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from onnx import helper
-
-from ..attention.onnx import BLOCK, Sizes, attend, bias_of, joined
+from ..attention.onnx import BLOCK, Sizes, attend, bias_of, blocks_of, joined
 from ..onnx_support import STEP, Body, OnnxOp, Port
 
 SIZES = (Port("length", "L", optional=True), Port("capacity", "L", optional=True))
@@ -89,17 +86,10 @@ def _body(
     k, v = caches
     few, many = Body(prefix="few_"), Body(prefix="many_")
     names = ["attended", "sums"][: 1 + lse]
-    made = attend(few, sizes, scale, "q", k, v, bias, sees, lse)
-    _name(few, made, names)
-    made = _in_blocks(many, sizes, scale, k, v, bias, sees, capacity, lse)
-    _name(many, made, names)
+    few.call(attend(few, sizes, scale, "q", k, v, bias, sees, lse), names)
+    many.call(_in_blocks(many, sizes, scale, k, v, bias, sees, capacity, lse), names)
     short = b.op("LessOrEqual", sizes.rows, b.constant([BLOCK]))
     return (*b.either(b.op("Squeeze", short, b.constant([0])), few, many, names), *caches)
-
-
-def _name(b: Body, made: Sequence[str], names: Sequence[str]) -> None:
-    for value, name in zip(made, names, strict=True):
-        b.nodes.append(helper.make_node("Identity", [value], [name]))
 
 
 def _in_blocks(
@@ -114,12 +104,11 @@ def _in_blocks(
     lse: bool,
 ) -> tuple[str, ...]:
     """BLOCK queries at a time, each with the keys up to its last: no row sees any behind."""
-    one, block = b.constant([1]), b.constant([BLOCK])
-    count = b.op("Div", b.op("Add", sizes.rows, b.constant([BLOCK - 1])), block)
-    last = b.op("Sub", sizes.rows, one)
+    count, block = blocks_of(b, sizes.rows)
+    last = b.op("Sub", sizes.rows, b.constant([1]))
     furthest = b.op("ReduceMax", b.long("cache_lens"), b.constant([0]), keepdims=1)
     c = Body(prefix="block_")
-    begin = c.op("Mul", STEP, c.constant(BLOCK))
+    begin = c.op("Mul", block, STEP)
     # The last block is filled up with the last row: results of all blocks have one shape.
     rows = c.op("Min", c.op("Add", c.range(block), begin), last)
     end = c.op("Add", c.op("Add", furthest, begin), block)

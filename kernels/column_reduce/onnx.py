@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..attention.onnx import BLOCK, segment_bounds
+from ..attention.onnx import blocks_of, segment_bounds
 from ..onnx_support import HIDDEN, STEP, Body, OnnxOp, Port
 
 
@@ -97,10 +97,9 @@ def _sums_in_blocks(
     b: Body, given: frozenset[str], chosen: dict[str, Any], rows: _Rows, scale: str
 ) -> str:
     """As :func:`_sums` over all keys, BLOCK rows at a time: scores of all would not fit in memory."""
-    count, one = b.size(rows.index, 0), b.constant([1])
-    block = b.op("Min", count, b.constant([BLOCK]))
-    blocks = b.op("Div", b.op("Sub", b.op("Add", count, block), one), block)
-    last, key = b.op("Sub", count, one), b.range(b.size("k", 2))
+    count = b.size(rows.index, 0)
+    blocks, block = blocks_of(b, count)
+    last, key = b.op("Sub", count, b.constant([1])), b.range(b.size("k", 2))
     c = Body(prefix="block_")
     index = c.op("Add", c.range(block), c.op("Mul", block, STEP))
     at, there = c.op("Min", index, last), c.op("LessOrEqual", index, last)
