@@ -329,6 +329,7 @@ def run(*arguments: str | Path) -> int:
     return cli.run([str(a) for a in arguments])
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tests import tiny_checkpoint
 
