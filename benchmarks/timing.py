@@ -118,7 +118,7 @@ def environment() -> dict[str, Any]:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
-        "commit": os.environ.get("COMMIT") or commit or "unknown",  # a copy may have another history
+        "commit": os.environ.get("COMMIT") or commit or "unknown",
     }
 
 

@@ -133,7 +133,7 @@ def compiled(made: Path) -> Path:
 def loaded(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The artifact, loaded once for all questions of a test."""
     model = sparsevila_compile.load(compiled)
-    monkeypatch.setattr(sparsevila_compile, "load", lambda path, device=None: model)
+    monkeypatch.setattr(sparsevila_compile, "load", lambda path, **where: model)
     return model
 
 

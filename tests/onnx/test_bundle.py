@@ -330,9 +330,12 @@ def run(*arguments: str | Path) -> int:
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tests import tiny_checkpoint
 
+    monkeypatch.setenv("COLUMNS", "200")
     tiny_checkpoint.write(tmp_path / "checkpoint")
     picture = tiny_checkpoint.picture(tmp_path / "a.png", 1)
     recipe = tmp_path / "r.yaml"
