@@ -89,7 +89,7 @@ KERNELS: dict[str, Callable[[Row], Group]] = {
 def groups(name: str, data: dict[str, Any]) -> list[Group]:
     """The timed shapes of one benchmark's file."""
     rows: list[Row] = data["results"] if "results" in data else data["rows"]
-    timed = [r for r in rows if "failed" not in r and "refused" not in r or r.get("microseconds")]
+    timed = [r for r in rows if ("failed" not in r and "refused" not in r) or r.get("microseconds")]
     return [g for g in map(KERNELS[name], timed) if g.times]
 
 
