@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -37,6 +36,7 @@ from benchmarks.onnx_sides import (
     write_bundle,
     write_stock,
 )
+from benchmarks.timing import commit
 from sparsevila_compile import hf
 
 LOADS = {
@@ -250,7 +250,6 @@ def checked(found: dict[str, torch.Tensor], error_limit: float) -> dict[str, flo
 
 
 def environment(a: argparse.Namespace) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     cpu = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
     return {
         "provider": a.provider,
@@ -263,7 +262,7 @@ def environment(a: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
     }
 
 

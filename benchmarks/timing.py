@@ -101,14 +101,17 @@ def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
     return float((out.double() - wanted).norm()) / norm
 
 
+def commit() -> str:
+    """The commit measured: of this checkout, or ``COMMIT`` where a copy has another history."""
+    run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return os.environ.get("COMMIT") or run.stdout.strip() or "unknown"
+
+
 def environment() -> dict[str, Any]:
     """What a result must say about where it was measured."""
     import triton
 
     properties = torch.cuda.get_device_properties(0)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
         "gpu": properties.name,
         "memory_gb": round(properties.total_memory / 1e9, 1),
@@ -118,7 +121,7 @@ def environment() -> dict[str, Any]:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
-        "commit": os.environ.get("COMMIT") or commit or "unknown",
+        "commit": commit(),
     }
 
 

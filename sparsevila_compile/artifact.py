@@ -6,7 +6,7 @@ unpickled or executed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from sparsevila_compile.manifest import (
     MODULE,
     Extras,
     check_files,
+    check_listed,
     check_target,
+    identity,
     put_json,
     read_json,
     read_manifest,
@@ -77,13 +79,13 @@ def _write_weights(
     weights: dict[str, torch.Tensor], folder: Path
 ) -> tuple[dict[str, str], list[str]]:
     """Save each distinct tensor once; returns aliases of tied ones and the files."""
-    first: dict[tuple[Any, ...], str] = {}
+    first: dict[Hashable, str] = {}
     aliases: dict[str, str] = {}
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for name, tensor in weights.items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and key in first:
+        key = identity(name, tensor)
+        if key in first:
             aliases[name] = first[key]
             continue
         first[key] = name
@@ -133,8 +135,7 @@ def load_program(path: str | Path, device: torch.device | None = None) -> Progra
 
     try:
         graphs = {name: f"graphs/{name}.json" for name in manifest["components"]}
-        for name in sorted({*graphs.values(), *manifest["weights"]} - set(manifest["files"])):
-            raise UserError(f"{folder / MANIFEST}: damaged: it does not list {name}; compile again")
+        check_listed(folder, manifest, [*graphs.values(), *manifest["weights"]], MODULE)
         components = {}
         for name, file in ((n, folder / f) for n, f in graphs.items()):
             try:

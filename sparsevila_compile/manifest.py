@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -257,6 +257,21 @@ def check_files(folder: Path, manifest: dict[str, Any], kind: Kind = MODULE) -> 
             raise UserError(
                 f"{file}: damaged: its contents are not what was written; compile again"
             )
+
+
+def check_listed(folder: Path, manifest: dict[str, Any], names: Iterable[str], kind: Kind) -> None:
+    """Raise UserError naming the first file that is needed and not in the manifest's list."""
+    for name in sorted(set(names) - set(manifest["files"])):
+        raise UserError(
+            f"{folder / kind.manifest}: damaged: it does not list {name}; compile again"
+        )
+
+
+def identity(name: str, tensor: torch.Tensor) -> Hashable:
+    """Equal for weights that are one tensor under two names (tied); empty ones are never tied."""
+    if not tensor.numel():
+        return name
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def read_program(

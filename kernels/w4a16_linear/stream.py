@@ -29,7 +29,6 @@ class StreamTiles(NamedTuple):
     warps: int
     stages: int
     share: int
-    pad: int = 0
 
     @property
     def outputs(self) -> int:
@@ -101,7 +100,6 @@ def stream(
         R=tiles.eights,
         W=tiles.warps,
         STAGES=tiles.stages,
-        PAD=tiles.pad,
         num_warps=tiles.warps,
         **layouts(tiles.tokens, tiles.eights, tiles.warps),
         **launch_options(x.device),

@@ -163,7 +163,6 @@ def stream_rows(
     SCALES: gl.constexpr,
     TOKENS: gl.constexpr,
     COPIED: gl.constexpr,  # as `layouts` says
-    PAD: gl.constexpr,  # KiB of shared memory that stay unused: so fewer programs share a processor
     EARLY: gl.constexpr,  # start before the kernel that makes x has ended
 ):
     S: gl.constexpr = 8 // A  # neighbouring groups side by side
@@ -185,8 +184,6 @@ def stream_rows(
     ring_scales = gl.allocate_shared_memory(scales.dtype.element_ty, [STAGES, ROWS, COLUMNS], PLAIN)
     ring_zeros = gl.allocate_shared_memory(gl.uint8, [STAGES, ROWS, COLUMNS], PLAIN)
     ring = (ring_codes, ready, ring_scales, ring_zeros)
-    if PAD > 0:
-        unused = gl.allocate_shared_memory(gl.uint8, [PAD, 1024], PLAIN)
     total = ((share + ROWS - 1) // ROWS) * STEPS
     last = share - ROWS  # the last tile may take rows again
     next_row = 0
@@ -254,5 +251,3 @@ def stream_rows(
             acc = gl.zeros((W, 8 * R, 8), gl.float32, PRODUCT)
             step = 0
             row += ROWS
-    if PAD > 0:
-        unused._keep_alive()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +20,9 @@ from sparsevila_compile.manifest import (
     ONNX,
     Extras,
     check_files,
+    check_listed,
     check_target,
+    identity,
     read_json,
     read_manifest,
     read_program,
@@ -156,17 +158,13 @@ class _Weights:
         self.names: list[str] = []
         self._weights = weights
         self._packed = packed
-        self._places: dict[Any, tuple[str, int, int]] = {}
+        self._places: dict[Hashable, tuple[str, int, int]] = {}
         self._file: BinaryIO | None = None
 
     def place(self, tensor: Any) -> None:
         """Point an external initializer at its data, which is written where it is not yet."""
-        name: Any = tensor.name
-        key = name
-        if name not in self._packed:
-            held = self._weights[name]
-            if held.numel():  # tied weights are one tensor under two names
-                key = (held.data_ptr(), held.shape, held.stride(), held.dtype)
+        name: str = tensor.name
+        key = name if name in self._packed else identity(name, self._weights[name])
         if key not in self._places:
             held = torch.as_tensor(
                 self._packed[name] if name in self._packed else self._weights[name]
@@ -220,8 +218,7 @@ def load_bundle(path: str | Path) -> tuple[Program, dict[str, Any]]:
                     f"{own}: its ops are of version {version} of the domain {DOMAIN}; this version runs {DOMAIN_VERSION}; compile again"
                 )
         graphs = {name: str(facts["file"]) for name, facts in manifest["graphs"].items()}
-        for name in sorted({*graphs.values(), *manifest["weights"]} - set(manifest["files"])):
-            raise UserError(f"{own}: damaged: it does not list {name}; compile again")
+        check_listed(folder, manifest, [*graphs.values(), *manifest["weights"]], ONNX)
         for name in sorted(set(manifest["components"]) ^ set(graphs)):
             raise UserError(f"{own}: damaged: no graph {name}; compile again")
         for file in graphs.values():

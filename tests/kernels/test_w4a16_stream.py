@@ -29,7 +29,7 @@ from sparsevila_compile.kernels.w4a16_linear.stream_rows import layouts, stream_
 def compile_(rows, outputs, groups, dtype):
     tiles = stream_tiles(rows, outputs, groups, 132)
     constants = dict(GROUPS=groups, HAS_BIAS=True, A=tiles.tokens, R=tiles.eights, W=tiles.warps,
-                     STAGES=tiles.stages, PAD=tiles.pad, EARLY=True,
+                     STAGES=tiles.stages, EARLY=True,
                      **layouts(tiles.tokens, tiles.eights, tiles.warps))
     kinds = {name: f"*{dtype}" for name in ("x", "scales", "bias", "out")}
     block = (tiles.outputs, 256 * tiles.warps // tiles.tokens)
