@@ -75,8 +75,11 @@ def configure(
     if not indexed:  # one program a processor, with as many tiles under way as go in
         return Config(block_n, 4, stages, _splits(groups, cdiv(keys, block_n), 0.9, count))
     if group <= 8:
-        # If a share is one tile, its way through registers is shorter than through a pipeline.
+        # If a share is one tile, its way through registers is shorter than through a pipeline; and
+        # the fewer the shares, the less there is to combine.
         for programs, block in (
+            (count, block_n),
+            (count, 2 * block_n),
             (2 * count, block_n),
             (2 * count, 2 * block_n),
             (3 * count, 2 * block_n),

@@ -14,9 +14,6 @@ from .stream_rows import GROUP, layouts, stream_rows
 WIDE = 16384
 """Outputs from which on more than one row of x is worth it."""
 
-LONG = 64
-"""Groups from which on a row of the weight is too long for two rows of x."""
-
 WARPS = 36
 """Warps of all programs for each processor, about half of which run at a time, for one row of x."""
 
@@ -39,17 +36,16 @@ class StreamTiles(NamedTuple):
 def stream_tiles(rows: int, outputs: int, groups: int, multiprocessors: int) -> StreamTiles | None:
     """Sizes for ``rows`` tokens and a weight of ``outputs`` rows of ``groups`` groups; measured.
 
-    None where :mod:`.few_rows` is faster, or there are too few outputs for a tile.
+    None where another kernel is faster, or there are too few outputs for a tile.
     """
     tokens = next_power_of_2(rows)
-    wide, long = outputs >= WIDE, groups >= LONG
+    if groups % 4:  # zero points are copied four at a time
+        return None
     if tokens == 1:
         # Four warps take 32 groups at a time, unless that leaves many of the last ones idle.
         eights, warps = 8, 4 if 32 * cdiv(groups, 32) <= 1.2 * groups else 2
-    elif wide:
+    elif outputs >= WIDE:
         eights, warps = {2: (8, 2), 4: (4, 2), 8: (4, 4)}[tokens]
-    elif tokens == 2 and not long:
-        eights, warps = 4, 4
     else:
         return None
     tile = eights * tokens
@@ -60,13 +56,12 @@ def stream_tiles(rows: int, outputs: int, groups: int, multiprocessors: int) -> 
     return StreamTiles(tokens, eights, warps, 2, share)
 
 
-def streams(device: torch.device, dtype: torch.dtype, group_size: int, groups: int) -> bool:
-    """Whether the kernel takes such a linear: else :mod:`.few_rows` does."""
+def streams(device: torch.device, dtype: torch.dtype, group_size: int) -> bool:
+    """Whether this kernel and :mod:`.direct_rows` run at all: else :mod:`.few_rows` does."""
     return (
         hopper_only(device) is None
         and dtype in (torch.bfloat16, torch.float16)
         and group_size == GROUP
-        and groups % 4 == 0  # zero points are copied four at a time
     )
 
 

@@ -115,7 +115,7 @@ def _tokens(
 
 @gluon.jit
 @no_type_check
-def _store(
+def store_tile(
     acc, meant, bias, out, row, M, N,
     HAS_BIAS: gl.constexpr, A: gl.constexpr, R: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
@@ -247,7 +247,7 @@ def stream_rows(
         acc += product * gl.expand_dims(scale, 2)
         step += 1
         if step == STEPS:
-            _store(acc, meant, bias, out, first + gl.minimum(row, last), M, N, HAS_BIAS, A, R, W)
+            store_tile(acc, meant, bias, out, first + gl.minimum(row, last), M, N, HAS_BIAS, A, R, W)
             acc = gl.zeros((W, 8 * R, 8), gl.float32, PRODUCT)
             step = 0
             row += ROWS

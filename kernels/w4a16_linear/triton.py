@@ -3,8 +3,8 @@
 ========================  =======================================================================
 rows of x                 kernel
 ========================  =======================================================================
-up to ``FEW_ROWS``        :mod:`.stream_rows` (Hopper, group size 128) or :mod:`.few_rows`: one
-                          kernel, the weight read once
+up to ``FEW_ROWS``        :mod:`.stream_rows` or :mod:`.direct_rows` (Hopper, group size 128), or
+                          :mod:`.few_rows`: the weight read once
 up to ``MID_ROWS``        :mod:`.mid_rows`: x reordered, ``wgmma``, split channels added (Hopper)
 more                      :mod:`.many_rows` (Hopper, group size 128) where its tiles keep the GPU
                           busy; else :mod:`.dequantize`, then the library's 16-bit product
@@ -32,6 +32,7 @@ from ..triton_support import (
     tl,
 )
 from .dequantize import dequantize_rows
+from .direct import direct, direct_tiles
 from .few_rows import few_rows
 from .full_precision import full_few_rows, full_many_rows
 from .many_rows import multiplies, multiply
@@ -168,10 +169,14 @@ def _early(early: bool) -> dict[str, Any]:
 
 def _few(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     outputs, groups = weight.outputs, weight.groups
-    if streams(x.device, x.dtype, weight.group_size, groups):
-        streamed = stream_tiles(x.shape[0], outputs, groups, processors(x.device))
-        if streamed is not None:
-            stream(x, weight.qweight, weight.scales, weight.zero_points, bias, out, streamed)
+    if streams(x.device, x.dtype, weight.group_size):
+        stored = weight.qweight, weight.scales, weight.zero_points, bias, out
+        sizes = x.shape[0], outputs, groups, processors(x.device)
+        if (straight := direct_tiles(*sizes)) is not None:
+            direct(x, *stored, straight)
+            return
+        if (streamed := stream_tiles(*sizes)) is not None:
+            stream(x, *stored, streamed)
             return
     tiles = few_tiles(x.shape[0], outputs, groups, processors(x.device))
     hopper = _hopper(x)

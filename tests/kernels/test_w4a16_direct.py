@@ -1,0 +1,205 @@
+"""``w4a16_linear``'s kernel for two to eight rows on Hopper: when it is taken, its sizes, its results."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparsevila_compile.kernels.gluon_support import HAVE_GLUON
+from sparsevila_compile.kernels.w4a16_linear import triton as implementation
+from sparsevila_compile.kernels.w4a16_linear.direct import STEPS, direct_tiles
+from sparsevila_compile.kernels.w4a16_linear.op import OP
+from sparsevila_compile.kernels.w4a16_linear.stream import WIDE, stream_tiles
+from sparsevila_compile.kernels.w4a16_linear.triton import FEW_ROWS
+from tests.kernels.compare import assert_catches_broken, bound_from
+from tests.kernels.w4a16_cases import assert_sums_right, make_case
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from sparsevila_compile.kernels.triton_support import cdiv
+from sparsevila_compile.kernels.w4a16_linear.direct import direct_tiles
+from sparsevila_compile.kernels.w4a16_linear.direct_rows import direct_rows
+from sparsevila_compile.kernels.w4a16_linear.stream_rows import layouts
+
+def compile_(rows, outputs, groups, dtype):
+    tiles = direct_tiles(rows, outputs, groups, 132)
+    share = tiles.share(groups)
+    splits, columns = cdiv(groups, share), tiles.warps * 8 // tiles.tokens
+    held = layouts(tiles.tokens, tiles.eights, tiles.warps)
+    constants = dict(GROUPS=groups, SHARE=share, FULL=rows == tiles.tokens, AHEAD=tiles.ahead,
+                     EVEN=groups == splits * share and share % columns == 0, HAS_BIAS=splits == 1,
+                     A=tiles.tokens, R=tiles.eights, W=tiles.warps, EARLY=True,
+                     **{k: held[k] for k in ("CODES", "SCALES", "TOKENS")})
+    kinds = {name: f"*{dtype}" for name in ("x", "scales", "bias")}
+    kinds |= {"qweight": "*i16", "zero_points": "*u8", "out": f"*{dtype}" if splits == 1 else "*fp32"}
+    pointers = (*kinds, "stride_xm")
+    names = direct_rows.arg_names
+    signature = {a: "constexpr" if a in constants else kinds.get(a, "i32") for a in names}
+    aligned = {(names.index(a),): [["tt.divisibility", 16]] for a in pointers}
+    source = GluonASTSource(direct_rows, signature, constants, aligned)
+    options = {"num_warps": tiles.warps}
+    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = done.asm["ptx"]
+    print(done.metadata.shared, ptx.count("mma.sync"), ptx.count("griddepcontrol.wait;"),
+          ptx.count("ld.local"), ptx.count("bar.sync"))
+
+compile_(8, 37888, 28, "bf16")
+compile_(8, 18432, 16, "fp16")
+compile_(5, 3584, 148, "bf16")
+compile_(8, 4608, 28, "bf16")
+compile_(4, 37888, 28, "bf16")
+compile_(3, 2048, 86, "bf16")
+compile_(2, 3584, 148, "bf16")
+compile_(2, 3584, 28, "bf16")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAVE_GLUON, reason="this Triton has no Gluon")
+def test_compiles_for_hopper() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    lines = run.stdout.splitlines()
+    assert len(lines) == 8
+    for line in lines:
+        shared, products, waits, spilled, barriers = map(int, line.split())
+        assert shared <= 16 << 10, "shared memory is for the last sums only"
+        assert products >= 8
+        assert waits >= 1
+        assert spilled == 0
+        assert barriers <= 4, "none between a load and its use"
+
+
+@pytest.mark.parametrize("outputs", [8, 100, 3584, 37888, 152064])
+@pytest.mark.parametrize("groups", [1, 4, 16, 28, 40, 86, 148, 216])
+@pytest.mark.parametrize("rows", range(1, FEW_ROWS + 1))
+def test_tiles(rows: int, groups: int, outputs: int) -> None:
+    tiles = direct_tiles(rows, outputs, groups, 132)
+    if tiles is None:
+        return
+    assert rows > 1
+    assert tiles.tokens in (2, 4, 8)
+    assert rows <= tiles.tokens < 2 * rows
+    assert tiles.eights % 2 == 0
+    assert tiles.outputs <= outputs
+    assert 1 <= tiles.steps(groups) <= STEPS
+    assert 1 <= tiles.splits <= groups
+
+
+@pytest.mark.parametrize("groups", [28, 40, 64, 216])
+@pytest.mark.parametrize("rows", range(2, FEW_ROWS + 1))
+def test_large_linears_take_this_kernel_or_the_streaming_one(rows: int, groups: int) -> None:
+    """The sizes of decoders of 7 to 32 billion parameters do not fall through to :mod:`.few_rows`."""
+    for outputs in (3584, 5120, WIDE, 37888):
+        sizes = rows, outputs, groups, 132
+        assert direct_tiles(*sizes) is not None or stream_tiles(*sizes) is not None
+
+
+# ---- on a GPU
+
+
+@pytest.fixture
+def straight(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each call that the kernel took."""
+    calls: list[int] = []
+    real = implementation.direct
+
+    def spy(x: torch.Tensor, *args: object) -> None:
+        calls.append(x.shape[0])
+        real(x, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(implementation, "direct", spy)
+    return calls
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "groups", "outputs"),
+    [
+        (2, 1, 64), (2, 28, 1001), (2, 148, 3584), (3, 28, 4608), (3, 32, 22017), (4, 86, 2049),
+        (4, 28, 37888), (5, 28, 3584), (6, 216, 5120), (7, 28, 37889), (8, 148, 3584), (8, 28, 4608),
+        (8, 16, 22016), (8, 30, 4097),
+    ],
+)  # fmt: skip
+def test_triton_direct(
+    rows: int,
+    groups: int,
+    outputs: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    straight: list[int],
+) -> None:
+    case = make_case((rows, 128 * groups), outputs, 128, dtype, device=device, seed=rows)
+    out = OP.overload(*case.args, impl="triton")
+    assert straight == [rows]
+    assert_sums_right(out, case)
+    exact = case.exact()
+    assert_catches_broken(out, exact, bound_from(case.eager(), exact))
+    for _ in range(3):
+        assert torch.equal(out, OP.overload(*case.args, impl="triton")), "differs from run to run"
+    bare = replace(case, bias=None)
+    assert_sums_right(OP.overload(*bare.args, impl="triton"), bare)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [2, 5])
+def test_triton_direct_from_odd_addresses(
+    rows: int, device: torch.device, straight: list[int]
+) -> None:
+    """Stored tensors that begin anywhere, and rows of x further apart than they are long."""
+    case = make_case((rows, 3584), 600, 128, torch.bfloat16, device=device)
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        longer = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=device)
+        return longer[1:].view(tensor.shape).copy_(tensor)
+
+    wide = torch.randn(rows, 3587, device=device).bfloat16()
+    odd = replace(
+        case,
+        x=wide[:, 3:],
+        qweight=moved(case.qweight),
+        scales=moved(case.scales),
+        zero_points=moved(case.zero_points),
+    )
+    assert_sums_right(OP.overload(*odd.args, impl="triton"), odd)
+    assert straight == [rows]
+
+
+@pytest.mark.gpu
+def test_triton_direct_in_a_chain(device: torch.device) -> None:
+    """Products that start before the one that makes their x has ended, captured in a graph."""
+    square = make_case((8, 3584), 3584, 128, torch.bfloat16, bias=False, device=device, seed=1)
+    up = make_case((8, 3584), 8192, 128, torch.bfloat16, bias=False, device=device, seed=2)
+    down = make_case((8, 8192), 3584, 128, torch.bfloat16, bias=False, device=device, seed=3)
+
+    def chain(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(6):
+            x = OP.overload(x, *square.args[1:], impl="triton") / 40
+            x = OP.overload(x, *up.args[1:], impl="triton") / 40
+            x = OP.overload(x, *down.args[1:], impl="triton") / 60
+        return x
+
+    x = square.x.clone()
+    wanted = chain(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = chain(x)
+    assert bool(wanted.isfinite().all())
+    assert float(wanted.float().norm()) > 0
+    for _ in range(20):
+        got.zero_()
+        graph.replay()
+        assert torch.equal(got, wanted)
