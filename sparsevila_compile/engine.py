@@ -196,8 +196,10 @@ class Engine:
             empty = torch.empty((0, width), dtype=self.program.dtype, device=self.device)
             return empty, lambda: [[] for _ in prompts]
         runs = [(g, self.run("vision", self.vision_inputs(g))) for g in self._groups(prompts)]
-        visual = [out["visual_tokens"] for _, out in runs]
+        # Taken out: what `kept` holds on to must not keep them in memory beside the whole.
+        visual = [out.pop("visual_tokens") for _, out in runs]
         tokens = visual[0] if len(visual) == 1 else torch.cat(visual)
+        del visual
         chosen = [] if self.program.prune is None else [out["kept"] for _, out in runs]
 
         def kept() -> list[list[torch.Tensor]]:

@@ -15,7 +15,12 @@ from torch import fx
 
 from sparsevila_compile.errors import GraphError
 from sparsevila_compile.program import Component
-from sparsevila_compile.torch_private import FakeTensorMode, fake_mode_of, fresh_size
+from sparsevila_compile.torch_private import (
+    FakeTensorMode,
+    enable_python_dispatcher,
+    fake_mode_of,
+    fresh_size,
+)
 
 ORIGIN_KEYS = ("nn_module_stack", "stack_trace", "module_path")
 
@@ -68,7 +73,8 @@ class Editor:
             # Not Graph.get_attr: that wants an owning module, and a component has none.
             node = self.graph.create_node("get_attr", name)
         self._inherit(node, before)
-        with self._mode:
+        # Without the dispatcher ops in C++ that are made of others ask symbolic sizes for numbers.
+        with self._mode, enable_python_dispatcher():
             node.meta["val"] = torch.empty_strided(
                 tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device
             )
@@ -86,7 +92,8 @@ class Editor:
         if node.name != name:
             raise GraphError(f"input {name} clashes with a node of that name")
         sizes = [fresh_size(self._mode, s, 7) if isinstance(s, str) else s for s in shape]
-        with self._mode:
+        # Without the dispatcher ops in C++ that are made of others ask symbolic sizes for numbers.
+        with self._mode, enable_python_dispatcher():
             node.meta["val"] = torch.empty(sizes, dtype=dtype, device=self._device)
         return node
 
@@ -115,7 +122,8 @@ class Editor:
     def propagate(self, node: fx.Node) -> None:
         """Compute the node's ``val`` from its arguments' values."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)  # type: ignore[arg-type]
-        with self._mode:
+        # Without the dispatcher ops in C++ that are made of others ask symbolic sizes for numbers.
+        with self._mode, enable_python_dispatcher():
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
     def sweep(self) -> int:

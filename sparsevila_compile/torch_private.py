@@ -6,12 +6,19 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-__all__ = ["FakeTensor", "FakeTensorMode", "fake_mode_of", "fresh_size"]
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "enable_python_dispatcher",
+    "fake_mode_of",
+    "fresh_size",
+]
 
 
 def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode:

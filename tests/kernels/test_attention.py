@@ -411,7 +411,7 @@ HOPPER = {
     "segments": Restriction((0, 300, 301, 301, 400, 833)),
     "small segments": Restriction((0, 5, 9, 70, 71, 200, 210, 260, 700, 833)),
     "packed causal window, rows outside": Restriction((30, 320, 700), causal=True, window=150),
-    "many rows outside": Restriction((300, 301, 429, 557)),
+    "many rows outside": Restriction((470, 471, 599, 727)),
     "around a block": Restriction((0, 127, 255, 384, 512, 641, 833)),
     "one long, many short": Restriction((0, 500, *range(501, 531), *[531] * 60, 833)),
     "many short, one long": Restriction((*[2] * 50, *range(3, 40), 833)),
