@@ -2,21 +2,22 @@
 
 ``python -m benchmarks.onnx --model random --out FILE`` measures one decode step over a long cache
 and one prompt, all sides in turn in one process, so that a machine whose speed drifts drifts for
-all. Before a side is timed its logits are compared with the dense bundle's. Needs ``onnxscript``
-for transformers' exporter; without it those sides are left out, and the result says so.
+all. Before a side is timed its logits are compared with those of transformers itself, in torch on the
+same device. A side that fails or differs is left out, the result says why, and the exit code is 1.
+``--provider cuda`` also says which nodes ran where and what crossed the bus. Needs ``onnxscript`` for
+transformers' exporter.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
+import math
 import os
 import platform
-import statistics
+import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,10 @@ import onnxruntime
 import torch
 import transformers
 
-from benchmarks.onnx_agreement import CARDS, relative
-from benchmarks.onnx_sides import (
-    Bundle,
-    Load,
-    Stock,
-    decode_bytes,
-    open_bundle,
-    timed,
-    write_bundle,
-    write_stock,
-)
+from benchmarks.onnx_agreement import CARDS
+from benchmarks.onnx_run import Run
+from benchmarks.onnx_sides import Load, TorchModel, decode_bytes, write_bundle, write_stock
+from benchmarks.onnx_steps import DecodeStep, Prompt
 from benchmarks.timing import commit
 from sparsevila_compile import hf
 
@@ -98,155 +92,74 @@ def random_caches(model: Any, tokens: int, device: torch.device) -> dict[str, to
     }
 
 
-def summary(values: list[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    last = len(ordered) - 1
-    p20, p80 = (round(ordered[round(q * last)], 4) for q in (0.2, 0.8))
-    return {"median": round(statistics.median(values), 4), "p20": p20, "p80": p80}
-
-
-def in_turn(
-    calls: dict[str, Callable[[], Any]], rounds: int, device: torch.device
-) -> dict[str, Any]:
-    """Milliseconds of every side, one call a round, the first to go another one each round."""
-    names = list(calls)
-    times: dict[str, list[float]] = {n: [] for n in names}
-    for call in calls.values():
-        call()
-    for r in range(rounds):
-        for name in names[r % len(names) :] + names[: r % len(names)]:
-            times[name].append(timed(calls[name], device))
-    ratios = {
-        f"{n} / dense": summary([t / d for t, d in zip(times[n], times["dense"], strict=True)])
-        for n in names
-        if n != "dense"
-    }
-    return {"ms": {n: summary(t) for n, t in times.items()}, "ratio": ratios, "rounds": rounds}
-
-
-def measure(name: str, a: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(name: str, a: argparse.Namespace, folder: Path, run: Run) -> None:
     """All sides of one model."""
     device = torch.device(a.provider)
     dtype = getattr(torch, a.dtype)
     load = LOADS[name]
     model = {"cards": card_model, "random": random_model}[name](dtype)
-    parameters = sum(p.numel() for p in model.parameters())
-    held = load.visual + load.text
-    left: dict[str, str] = {}
-    stock: dict[str, Path] = {}
-    for title, fusions in (("stock", None), ("stock, fused", a.provider)):
-        try:
-            at = folder / f"{name} {title}"
-            stock[title] = (
-                at if at.exists() else write_stock(model, sample_inputs(model), at, fusions)
-            )
-        except ImportError as error:
-            left[title] = " ".join(str(error).split())
-    dense_at = write_bundle(model, None, folder / f"{name} dense")
-    sparse_at = write_bundle(model, load, folder / f"{name} sparse")
-    sizes = {
-        "dense": decode_bytes(model, held),
-        "sparse": decode_bytes(model, load.text + load.attended()),
-    }
-    caches = random_caches(model, held, device)
-    width = model.config.text_config.hidden_size
-    del model
-    gc.collect()
     error_limit = MOST_ERROR * (1 if dtype == torch.float32 else 30)
-    decoding = decode_step(dense_at, sparse_at, stock, load, caches, device, error_limit, a.rounds)
-    gc.collect()
-    few = {n: c[:, :, : load.prompt].contiguous() for n, c in caches.items()}
-    del caches
-    gc.collect()
-    g = torch.Generator().manual_seed(3)
-    embeds = (torch.randn(1, load.prompt, width, generator=g) * 0.02).to(device, dtype)
-    prompt = prompts(dense_at, sparse_at, stock, load, few, embeds, error_limit, a.prompt_rounds)
-    return {
-        "parameters": parameters,
-        "load": asdict(load),
-        "cached tokens": {"dense": held, "sparse": load.text + load.kept()},
-        "attended tokens": {"dense": held, "sparse": load.text + load.attended()},
+    paths = {}
+    for title, given in (("dense", None), ("sparse", load)):
+        at = folder / f"{name} {title}"
+        paths[title] = run.step(
+            f"{name}, {title}: export", lambda at=at, given=given: write_bundle(model, given, at)
+        )
+    loads = [replace(load, visual=n - load.text) for n in a.cached] if name == "random" else []
+    loads = loads or [load]
+    facts = {
+        "parameters": sum(p.numel() for p in model.parameters()),
         "prompt tokens": {"dense": load.prompt, "sparse": sum(load.pruned_prompt())},
-        "bytes a decode step reads": sizes,
-        "bytes, sparse / dense": round(sizes["sparse"] / sizes["dense"], 4),
-        "decode step": decoding,
-        "prompt": prompt,
-        "left out": left,
     }
+    run.put("model", facts, name)
+    truth = None
+    if dtype == torch.float32 or device.type != "cpu":
+        truth = TorchModel(model, device)
+    sides = {k: p for k, p in paths.items() if p is not None}
 
+    def steps(which: dict[str, Path], title: str) -> None:
+        for one in loads:
+            caches = random_caches(model, one.visual + one.text, device)
+            key = f"decode step over {one.visual + one.text} tokens{title}"
+            step = DecodeStep(which, one, device, error_limit, caches, truth, run, f"{name}, {key}")
+            sizes = {
+                "dense": decode_bytes(model, one.visual + one.text),
+                "sparse": decode_bytes(model, one.text + one.attended()),
+            }
+            found = run.step(f"{name}, {key}", lambda step=step: step.measure(a.rounds))
+            if found is not None:
+                run.put(key, {"load": asdict(one), "bytes a step reads": sizes, **found}, name)
+            if not title:
+                run.put(f"{key}: nodes", run.step(f"{name}, {key}: nodes", step.placement), name)
+            del caches, step
+            gc.collect()
 
-def decode_step(
-    dense_at: Path,
-    sparse_at: Path,
-    stock: dict[str, Path],
-    load: Load,
-    caches: dict[str, torch.Tensor],
-    device: torch.device,
-    error_limit: float,
-    rounds: int,
-) -> dict[str, Any]:
-    """One token behind a long cache, all sides."""
-    held, head = load.visual + load.text, load.text // 2
-    token = torch.tensor([[11]], device=device)
-    sides: dict[str, Any] = {"dense": Bundle(open_bundle(dense_at, device, ("language",)), caches)}
-    for title, at in stock.items():
-        sides[title] = Stock(at, device, caches, ("decode",))
-    sparse = open_bundle(sparse_at, device, ("decode",))
-    found = {n: s.decode(token, held) for n, s in sides.items()}
-    everything = Bundle(sparse, caches, torch.arange(held), held)
-    found["sparse, reading all"] = everything.decode(token, held)
-    del everything
-    errors = checked(found, error_limit)
-    # After pruning: the first of the visual tokens stay, and of those the first are retrieved.
-    stay = torch.cat([torch.arange(head + load.kept()), torch.arange(head + load.visual, held)])
-    pruned = {n: c[:, :, stay.to(device)] for n, c in caches.items()}
-    index = torch.arange(head + load.attended())
-    sides["sparse"] = Bundle(sparse, pruned, index, head + load.kept())
-    calls = {n: lambda s=s: s.decode(token, held) for n, s in sides.items()}
-    return {"relative error of logits": errors, **in_turn(calls, rounds, device)}
+    def prompts(which: dict[str, Path], title: str) -> None:
+        g = torch.Generator().manual_seed(3)
+        width = model.config.text_config.hidden_size
+        embeds = (torch.randn(1, load.prompt, width, generator=g) * 0.02).to(device, dtype)
+        caches = random_caches(model, load.prompt, device)
+        key = f"prompt of {load.prompt} tokens{title}"
+        prompt = Prompt(which, load, device, error_limit, caches, truth, run, f"{name}, {key}")
+        found = run.step(f"{name}, {key}", lambda: prompt.measure(embeds, a.prompt_rounds))
+        run.put(key, found, name)
+        gc.collect()
 
-
-def prompts(
-    dense_at: Path,
-    sparse_at: Path,
-    stock: dict[str, Path],
-    load: Load,
-    caches: dict[str, torch.Tensor],
-    embeds: torch.Tensor,
-    error_limit: float,
-    rounds: int,
-) -> dict[str, Any]:
-    """A prompt's embeddings, all sides; the sparse one's is pruned, and it scores."""
-    device = embeds.device
-    sides: dict[str, Any] = {"dense": Bundle(open_bundle(dense_at, device, ("language",)), caches)}
-    for title, at in stock.items():
-        sides[title] = Stock(at, device, caches, ("language_model", "lm_head"))
-    found = {n: s.prefill(embeds, 0) for n, s in sides.items()}
-    runner = open_bundle(sparse_at, device, ("turn",))
-    sparse = Bundle(runner, caches, torch.arange(1), 1)
-    found["sparse, nothing pruned"] = sparse.prefill(embeds, load.pruned_prompt()[1])
-    errors = checked(found, error_limit)
-    text, visual = load.pruned_prompt()
-    fewer = embeds[:, : text + visual].contiguous()
-    calls: dict[str, Callable[[], Any]] = {
-        n: lambda s=s: s.prefill(embeds, 0) for n, s in sides.items()
-    }
-    calls["sparse"] = lambda: sparse.prefill(fewer, visual)
-    return {"relative error of logits": errors, **in_turn(calls, rounds, device)}
-
-
-def checked(found: dict[str, torch.Tensor], error_limit: float) -> dict[str, float]:
-    """Relative error of each side's logits against the dense bundle's.
-
-    Raises:
-        SystemExit: one differs: what computes something else is not timed.
-    """
-    reference = found["dense"].float()
-    errors = {n: relative(x.float(), reference) for n, x in found.items() if n != "dense"}
-    wrong = {n: e for n, e in errors.items() if not e < error_limit}
-    if wrong:
-        raise SystemExit(f"not timed, logits differ from the dense bundle's: {wrong}")
-    return errors
+    if device.type != "cpu":  # what needs the slow exports below comes last
+        steps(sides, ", ours alone")
+        prompts(sides, ", ours alone")
+    for title, fusions in (("stock", None), ("stock, fused", a.provider)):
+        at = folder / f"{name} {title}"
+        made = run.step(
+            f"{name}, {title}: export",
+            lambda at=at, fusions=fusions: (
+                at if at.exists() else write_stock(model, sample_inputs(model), at, fusions)
+            ),
+        )
+        if made is not None:
+            sides[title] = made
+    steps(sides, "")
+    prompts(sides, "")
 
 
 def environment(a: argparse.Namespace) -> dict[str, Any]:
@@ -274,20 +187,28 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     p.add_argument("--threads", type=int, default=1, help="on the CPU")
     p.add_argument("--rounds", type=int, default=15, help="decode steps of every side")
     p.add_argument("--prompt-rounds", type=int, default=5, help="prompts of every side")
+    p.add_argument(
+        "--cached",
+        type=int,
+        nargs="+",
+        default=[4672],
+        help="tokens in the cache of the random model's decode steps, one table each",
+    )
+    p.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after these")
     p.add_argument("--work", type=Path, help="keep what is exported here; stock exports are reused")
-    p.add_argument("--out", type=Path, help="JSON file to write")
+    p.add_argument("--out", type=Path, help="JSON file, written after every step")
     a = p.parse_args(arguments)
     torch.set_num_threads(a.threads)
     hf.quiet()
-    report: dict[str, Any] = {"environment": environment(a)}
+    if a.provider == "cuda":  # the libraries of torch's packages, for sessions that are not ours
+        onnxruntime.preload_dlls()
+    run = Run({"environment": environment(a)}, a.out, a.seconds)
     for name in LOADS if a.model == "all" else [a.model]:
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            report[name] = measure(name, a, a.work or Path(folder))
-        print(name, json.dumps(report[name], indent=1), flush=True)
-    if a.out:
-        a.out.write_text(json.dumps(report, indent=1) + "\n")
-    return report
+            run.step(name, lambda name=name, at=a.work or Path(folder): measure(name, a, at, run))
+    run.write()
+    return run.report
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit("left out" in main())

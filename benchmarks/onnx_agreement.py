@@ -3,15 +3,17 @@
 ``python -m benchmarks.onnx_agreement --dialogues 100`` compiles the example's checkpoint in float32,
 dense and sparse, as module and as bundle, asks both the same held-out dialogues (every answer goes
 into the next question's history) and compares greedy tokens and the logits of every step; then the
-same checkpoint in int4, both against float32.
+same checkpoint in int4, both against float32. With ``--provider cuda`` the bundles run there, and the
+modules, which they are compared with, on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import platform
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.onnx_run import Run, relative
 from examples.cards.evaluate import LONGEST_ANSWER
 from examples.cards.model import normalised
 from examples.cards.render import PATCHES
@@ -29,6 +32,7 @@ from examples.cards.world import HELD_OUT_SEED, Samples, fixed_set
 from sparsevila_compile import hf
 from sparsevila_compile.compiler import compile_recipe
 from sparsevila_compile.model import CompiledModel, load
+from sparsevila_compile.onnx.runner import provider_device
 from sparsevila_compile.recipe import recipe_from_dict
 
 CARDS = Path(__file__).resolve().parent.parent / "examples" / "cards"
@@ -47,17 +51,28 @@ INT4 = {
 }
 
 
-def compiled(passes: list[Any], form: str, folder: Path, **emit: Any) -> CompiledModel:
-    """The card model after these passes, written as ``module`` or ``onnx`` and loaded again."""
+def compiled(
+    passes: list[Any],
+    form: str,
+    folder: Path,
+    dtype: str = "float32",
+    provider: str | None = None,
+    **emit: Any,
+) -> CompiledModel:
+    """The card model after these passes, written as ``module`` or ``onnx`` and loaded again.
+
+    Args:
+        provider: of the bundle; a module stays on the CPU.
+    """
     recipe = recipe_from_dict(
         {
             "version": 1,
-            "model": {"path": str(CARDS / "checkpoint"), "dtype": "float32", "device": "cpu"},
+            "model": {"path": str(CARDS / "checkpoint"), "dtype": dtype, "device": "cpu"},
             "passes": passes,
             "emit": {"format": form, "path": str(folder), **emit},
         }
     )
-    return load(compile_recipe(recipe).path)
+    return load(compile_recipe(recipe).path, provider=provider)
 
 
 @contextmanager
@@ -111,11 +126,6 @@ def answers(model: CompiledModel, samples: Samples, i: int, truth: bool = False)
     return said
 
 
-def relative(out: torch.Tensor, reference: torch.Tensor) -> float:
-    """``norm(out - reference) / norm(reference)``."""
-    return float((out - reference).norm() / reference.norm())
-
-
 @dataclass(frozen=True)
 class Agreement:
     """How two models agree on dialogues.
@@ -165,7 +175,11 @@ def error_against(model: CompiledModel, exact: CompiledModel, samples: Samples) 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--dialogues", type=int, default=100)
-    p.add_argument("--out", type=Path, help="JSON file to write")
+    p.add_argument("--provider", default="cpu", help="of the bundles: cpu, cuda or cuda:N")
+    p.add_argument("--dtypes", nargs="+", choices=["float32", "float16"], default=["float32"])
+    p.add_argument("--brief", action="store_true", help="neither pure bundles nor int4")
+    p.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after these")
+    p.add_argument("--out", type=Path, help="JSON file, written after every comparison")
     a = p.parse_args(arguments)
     import onnxruntime
     from transformers.utils import logging
@@ -173,41 +187,65 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     hf.quiet()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     samples = held_out(a.dialogues)
+    device = provider_device(a.provider)
     report: dict[str, Any] = {
         "versions": {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
         "machine": platform.processor() or platform.machine(),
-        "provider": "cpu",
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "provider": a.provider,
     }
+    run = Run(report, a.out, a.seconds)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        dense = compiled(DENSE, "module", folder / "dense")
-        for title, passes in (
-            ("dense", DENSE),
-            ("sparse", SPARSE),
-            ("sparse, fused", [*SPARSE, *FUSING]),
-        ):
-            module = compiled(passes, "module", folder / f"{title} module")
-            for pure in (False, True):
-                bundle = compiled(passes, "onnx", folder / f"{title} onnx {pure}", pure=pure)
-                key = f"float32, {title}{', pure ai.onnx' if pure else ''}"
-                report[key] = asdict(agree(module, bundle, samples))
-                print(key, report[key], flush=True)
-        quantized = [*DENSE, INT4]
-        module = compiled(quantized, "module", folder / "int4 module")
-        bundle = compiled(quantized, "onnx", folder / "int4 onnx")
-        fast = compiled(quantized, "onnx", folder / "int4 int8", int8_activations=True)
-        for key, one in (("int4", bundle), ("int4, int8 activations", fast)):
-            report[key] = {
-                "module against float32": error_against(module, dense, samples),
-                "bundle against float32": error_against(one, dense, samples),
-                "bundle against module": error_against(one, module, samples),
-                **asdict(agree(module, one, samples)),
-            }
-            print(key, report[key], flush=True)
-    if a.out:
-        a.out.write_text(json.dumps(report, indent=1) + "\n")
+        for dtype in a.dtypes:
+            for title, passes in (
+                ("dense", DENSE),
+                ("sparse", SPARSE),
+                ("sparse, fused", [*SPARSE, *FUSING]),
+            ):
+                key = f"{dtype}, {title}"
+                at = Path(name) / key
+                run.step(
+                    key,
+                    lambda a=a, at=at, key=key, passes=passes: floats(
+                        a, run, samples, at, key, passes
+                    ),
+                )
+        if not a.brief:
+            run.step("int4", lambda: int4(a, run, samples, Path(name)))
+    run.write()
     return report
 
 
+def floats(
+    a: argparse.Namespace, run: Run, samples: Samples, folder: Path, key: str, passes: list[Any]
+) -> None:
+    """Module and bundle, with and without ``pure``."""
+    dtype = key.partition(",")[0]
+    module = compiled(passes, "module", folder / "module", dtype)
+    for pure in (False,) if a.brief else (False, True):
+        at = folder / f"onnx {pure}"
+        bundle = compiled(passes, "onnx", at, dtype, a.provider, pure=pure)
+        run.put(f"{key}{', pure ai.onnx' if pure else ''}", asdict(agree(module, bundle, samples)))
+
+
+def int4(a: argparse.Namespace, run: Run, samples: Samples, folder: Path) -> None:
+    """Both against float32."""
+    dense = compiled(DENSE, "module", folder / "dense")
+    quantized = [*DENSE, INT4]
+    module = compiled(quantized, "module", folder / "int4 module")
+    given: dict[str, Any] = {"provider": a.provider}
+    bundle = compiled(quantized, "onnx", folder / "int4 onnx", **given)
+    given["int8_activations"] = True
+    fast = compiled(quantized, "onnx", folder / "int4 int8", **given)
+    for key, one in (("int4", bundle), ("int4, int8 activations", fast)):
+        found = {
+            "module against float32": error_against(module, dense, samples),
+            "bundle against float32": error_against(one, dense, samples),
+            "bundle against module": error_against(one, module, samples),
+            **asdict(agree(module, one, samples)),
+        }
+        run.put(key, found)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit("left out" in main())

@@ -15,7 +15,7 @@ from typing import Any
 
 import onnxruntime
 import torch
-from transformers import AutoProcessor, GenerationConfig
+from transformers import AutoProcessor, DynamicCache, GenerationConfig
 
 from benchmarks.onnx_agreement import CARDS, FUSING
 from sparsevila_compile.budget import keep_count
@@ -76,11 +76,13 @@ def write_bundle(model: Any, sparse: Load | None, folder: Path) -> Path:
     )
 
 
-def open_bundle(folder: Path, device: torch.device, graphs: tuple[str, ...]) -> OnnxRunner:
+def open_bundle(
+    folder: Path, device: torch.device, graphs: tuple[str, ...], profile: Path | None = None
+) -> OnnxRunner:
     """A bundle's runner with these graphs alone: the others' sessions would take memory."""
     _, manifest = bundle.load_bundle(folder)
     wanted = {name: manifest["graphs"][name] for name in ("embed", *graphs)}
-    return OnnxRunner(folder, {**manifest, "graphs": wanted}, device)
+    return OnnxRunner(folder, {**manifest, "graphs": wanted}, device, profile)
 
 
 class Bundle:
@@ -105,6 +107,7 @@ class Bundle:
             name: torch.cat([c, c.new_zeros((*c.shape[:2], room, c.shape[3]))], 2)
             for name, c in caches.items()
         }
+        self._places: dict[tuple[int, int, int], dict[str, torch.Tensor]] = {}
         self.sparse: dict[str, torch.Tensor] = {}
         if index is not None:
             names = [n.replace("k_cache", "index") for n in caches if n.startswith("k_cache")]
@@ -115,15 +118,18 @@ class Bundle:
         return torch.tensor([value], dtype=torch.int32, device=self.device)
 
     def _inputs(self, embeds: torch.Tensor, held: int, position: int) -> dict[str, Any]:
-        count = embeds.shape[1]
+        key = (embeds.shape[1], held, position)
+        if key not in self._places:  # an engine keeps these on its device from step to step
+            self._places[key] = self._placed(*key)
+        return {"inputs_embeds": embeds, **self._places[key]}
+
+    def _placed(self, count: int, held: int, position: int) -> dict[str, torch.Tensor]:
         places = torch.arange(position, position + count, device=self.device)
         return {
-            "inputs_embeds": embeds,
             "position_ids": places[None],
             "logit_rows": torch.tensor([[count - 1]], device=self.device),
             "cache_lens": self._int32(held),
             "new_lens": self._int32(count),
-            "score_weights": torch.full((1, count), 1 / count, device=self.device),
         }
 
     def decode(self, token: torch.Tensor, position: int) -> torch.Tensor:
@@ -146,6 +152,8 @@ class Bundle:
         for start in range(0, embeds.shape[1], self.runner.prefill_chunk):
             piece = embeds[:, start : start + self.runner.prefill_chunk].contiguous()
             inputs = {**self._inputs(piece, start, start), **caches, "score_columns": columns}
+            count = piece.shape[1]
+            inputs["score_weights"] = torch.full((1, count), 1 / count, device=self.device)
             out = self.runner.run("turn" if self.sparse else "language", inputs)
         return out["logits"][0, 0]
 
@@ -177,6 +185,7 @@ class Stock:
             )
             for name in graphs
         }
+        self._places: dict[int, torch.Tensor] = {}
         self.past = {
             f"input.past_key_values.layers.{name.rpartition('_')[2]}."
             + ("keys" if name[0] == "k" else "values"): c
@@ -199,7 +208,9 @@ class Stock:
 
     def decode(self, token: torch.Tensor, position: int) -> torch.Tensor:
         """Logits ``[vocabulary]`` of one token behind the cache."""
-        place = torch.tensor([[position]], device=self.device)
+        if position not in self._places:
+            self._places[position] = torch.tensor([[position]], device=self.device)
+        place = self._places[position]
         inputs = {"input_ids": token, "position_ids": place, **self.past}
         return self._run("decode", inputs)[0, -1]
 
@@ -209,6 +220,40 @@ class Stock:
         hidden = self._run("language_model", {"inputs_embeds": embeds, "position_ids": places})
         [name] = [v.name for v in self.sessions["lm_head"].get_inputs()]
         return self._run("lm_head", {name: hidden[:, -1:]})[0, -1]
+
+
+class TorchModel:
+    """transformers' own model in torch, which all sides are compared with."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+
+    def _logits(self, embeds: torch.Tensor, caches: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Of the last embedding ``[1, n, width]`` behind cached tokens, ``[vocabulary]``."""
+        model, held = self.model.to(self.device), 0
+        past = DynamicCache()
+        for name, keys in caches.items():
+            if name[0] == "k":
+                layer = int(name.rpartition("_")[2])
+                past.update(keys.clone(), caches["v" + name[1:]].clone(), layer)
+                held = keys.shape[2]
+        places = torch.arange(held, held + embeds.shape[1], device=self.device)[None]
+        out = model.model.language_model(
+            inputs_embeds=embeds, position_ids=places, past_key_values=past, use_cache=True
+        )
+        logits: torch.Tensor = model.lm_head(out.last_hidden_state[:, -1])[0]
+        model.to("cpu")  # exports trace it there
+        return logits
+
+    def decode(self, token: torch.Tensor, caches: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits ``[vocabulary]`` of one token behind the caches."""
+        table = self.model.get_input_embeddings().weight.to(self.device)
+        return self._logits(torch.nn.functional.embedding(token, table), caches)
+
+    def prefill(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Logits of the last of some embeddings ``[1, n, width]``."""
+        return self._logits(embeds, {})
 
 
 def write_stock(model: Any, sample: dict[str, Any], folder: Path, fusions: str | None) -> Path:

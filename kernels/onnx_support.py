@@ -21,6 +21,9 @@ DOMAIN_VERSION = 1
 OPSET = 21
 """Version of ``ai.onnx`` that graphs and bodies are written in."""
 
+CONTRIB, CONTRIB_VERSION = "com.microsoft", 1
+"""ONNX Runtime's own domain: bodies that are ``fused`` hold ops of it."""
+
 IR_VERSION = 10
 """The first with overloads of functions."""
 
@@ -29,6 +32,9 @@ HIDDEN = -1e30
 
 FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 INTEGERS = ["tensor(int32)", "tensor(int64)"]
+FUSED = "fused"
+"""Marks the overload whose body holds ops of ONNX Runtime's own domain."""
+
 STEP = "step_number"
 """Number of the run within a loop."""
 
@@ -84,13 +90,16 @@ class Body:
 
     def attribute(self, name: str, kind: str = "value_float") -> str:
         """The function's own attribute as a tensor: ``value_float`` or ``value_int``."""
-        out = self.name()
-        node = helper.make_node("Constant", [], [out])
-        made = node.attribute.add()
-        made.name, made.ref_attr_name = kind, name
-        made.type = onnx.AttributeProto.FLOAT if kind == "value_float" else onnx.AttributeProto.INT
-        self.nodes.append(node)
+        out = self.op("Constant")
+        self.refer(kind, name)
         return out
+
+    def refer(self, attribute: str, name: str) -> None:
+        """Give the last node an attribute whose value is the function's own ``name``."""
+        made = self.nodes[-1].attribute.add()
+        made.name, made.ref_attr_name = attribute, name
+        whole = attribute == "value_int"
+        made.type = onnx.AttributeProto.INT if whole else onnx.AttributeProto.FLOAT
 
     def call(self, values: Sequence[str], names: Sequence[str]) -> None:
         """Give values other names. What this body did not make is copied.
@@ -213,7 +222,8 @@ class OnnxOp:
     ``attributes`` maps each name to ``"float"``, ``"int"`` or ``"string"``; those in ``choices``
     decide which body there is. ``body(b, given, chosen)`` writes the nodes to ``b`` and returns the
     names of the outputs; the inputs have the names of their ports. ``given`` are the optional
-    inputs that are there, ``chosen`` the values of the attributes in ``choices``.
+    inputs that are there, ``chosen`` the values of the attributes in ``choices`` and, where
+    ``fusable``, under :data:`FUSED` whether ops of ONNX Runtime's own domain may stand in the body.
     """
 
     name: str
@@ -223,11 +233,13 @@ class OnnxOp:
     attributes: dict[str, str]
     body: Callable[[Body, frozenset[str], dict[str, Any]], Sequence[str]]
     choices: tuple[str, ...] = field(default=())
+    fusable: bool = False
 
     def overload(self, given: frozenset[str], chosen: dict[str, Any]) -> str:
         """Name of the body for this case."""
         parts = [p.name for p in self.inputs if p.optional and p.name in given]
         parts += [f"{name}={chosen[name]}" for name in self.choices]
+        parts += [FUSED] if chosen.get(FUSED) else []
         return ",".join(parts)
 
     def function(self, given: frozenset[str], chosen: dict[str, Any]) -> onnx.FunctionProto:
@@ -237,26 +249,37 @@ class OnnxOp:
         if len(made) != len(self.outputs):
             raise ValueError(f"{self.name}: the body has {len(made)} outputs")
         b.call(made, [p.name for p in self.outputs])
+        opsets = [helper.make_opsetid("", OPSET)]
+        if chosen.get(FUSED):
+            opsets.append(helper.make_opsetid(CONTRIB, CONTRIB_VERSION))
         return helper.make_function(
             DOMAIN,
             self.name,
             [p.name for p in self.inputs],
             [p.name for p in self.outputs],
             b.nodes,
-            [helper.make_opsetid("", OPSET)],
+            opsets,
             attributes=list(self.attributes),
             overload=self.overload(given, chosen),
             doc_string=self.doc,
         )
 
     def node(
-        self, inputs: Sequence[str], outputs: Sequence[str], attributes: dict[str, Any]
+        self,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        attributes: dict[str, Any],
+        fused: bool = False,
     ) -> tuple[onnx.NodeProto, onnx.FunctionProto]:
         """A node of this op (``""`` for an input that is left out), and the body that it needs."""
         if set(attributes) != set(self.attributes):
             raise ValueError(f"{self.name} has attributes {list(self.attributes)}")
         given = frozenset(p.name for p, x in zip(self.inputs, inputs, strict=True) if x)
+        if fused and not self.fusable:
+            raise ValueError(f"{self.name} has no body with ops of {CONTRIB}")
         chosen = {name: attributes[name] for name in self.choices}
+        if self.fusable:
+            chosen[FUSED] = fused
         node = helper.make_node(self.name, inputs, outputs, domain=DOMAIN, **attributes)
         node.overload = self.overload(given, chosen)
         return node, self.function(given, chosen)

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..onnx_support import Body, OnnxOp, Port
+from onnx import helper
+
+from ..onnx_support import CONTRIB, FUSED, Body, OnnxOp, Port
 
 
 def _body(b: Body, given: frozenset[str], chosen: dict[str, Any]) -> tuple[str, str]:
+    if "residual" in given and chosen[FUSED]:
+        kind, inputs = "SkipSimplifiedLayerNormalization", ("x", "residual", "weight")
+        normed, total = b.name(), b.name()
+        outputs = [normed, "", "", total]
+        b.nodes.append(helper.make_node(kind, inputs, outputs, domain=CONTRIB))
+        b.refer("epsilon", "eps")
+        return normed, total
     total = b.op("Add", "residual", "x") if "residual" in given else "x"
     wide = b.float(total)
     # The order of onnxruntime's own fusion to SimplifiedLayerNormalization.
@@ -26,4 +35,5 @@ ADD_RMS_NORM = OnnxOp(
     (Port("normed", "T"), Port("total", "T")),
     {"eps": "float"},
     _body,
+    fusable=True,
 )

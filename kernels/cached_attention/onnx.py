@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from onnx import TensorProto
+
 from ..attention.onnx import BLOCK, Sizes, attend, bias_of, blocks_of, joined
-from ..onnx_support import STEP, Body, OnnxOp, Port
+from ..onnx_support import CONTRIB, FUSED, STEP, Body, OnnxOp, Port
 
 SIZES = (Port("length", "L", optional=True), Port("capacity", "L", optional=True))
 """S and L as int64 [1]. Given where several layers have them in common: their index arithmetic then
@@ -18,6 +20,8 @@ has the same inputs in all, and a runtime does it once."""
 
 CACHES = (Port("k_cache_out", "T"), Port("v_cache_out", "T"))
 
+
+_INT32 = TensorProto.INT32
 
 HEADS = {"num_heads": "int", "kv_num_heads": "int", "head_size": "int"}
 """Attributes Hq, Hkv and D."""
@@ -31,44 +35,88 @@ def sizes_of(b: Body, given: frozenset[str], chosen: dict[str, Any]) -> tuple[Si
     return Sizes(b.size("cache_lens", 0), length, *heads), capacity
 
 
-def append(
-    b: Body, sizes: Sizes, capacity: str, news: tuple[str, str], caches: tuple[str, str]
-) -> tuple[str, ...]:
-    """The caches [B, Hkv, L, D] with the new keys and values [B, Hkv, S, D] at cache_lens and after.
+class Append:
+    """The write of new keys and values [B, Hkv, S, D] to caches [B, Hkv, L, D] at cache_lens and after.
 
     Padding tokens are written too, to positions that hold nothing. A token at or past L is dropped:
     it is replaced by what position L - 1 holds afterwards, and written there once more.
     """
-    count = sizes.rows
-    last = b.op("Sub", capacity, b.constant([1]))
-    start = b.unsqueeze(b.long("cache_lens"), 1)  # [B, 1]
-    room = b.op("Sub", last, start)  # [B, 1], index of the last token that fits; negative: none
-    source = b.op("Min", b.unsqueeze(b.range(count), 0), b.op("Max", room, b.constant([0])))
-    position = b.op("Min", b.op("Add", start, source), last)  # [B, S]
-    whole = b.shape(sizes.batch, sizes.kv_heads, count)
-    row = b.unsqueeze(b.range(sizes.batch), 1, 2)
-    head = b.unsqueeze(b.range(b.shape(sizes.kv_heads)), 0, 2)
-    fits = b.unsqueeze(b.op("GreaterOrEqual", room, b.constant([0])), 2, 3)
 
-    def places(at: str) -> str:
-        parts = (b.op("Expand", x, whole) for x in (row, head, b.unsqueeze(at, 1)))
-        return b.op("Concat", *(b.unsqueeze(x, 3) for x in parts), axis=3)
+    def __init__(self, b: Body, sizes: Sizes, capacity: str) -> None:
+        count = sizes.rows
+        last = b.op("Sub", capacity, b.constant([1]))
+        start = b.unsqueeze(b.long("cache_lens"), 1)  # [B, 1]
+        room = b.op("Sub", last, start)  # [B, 1], index of the last token that fits; negative: none
+        source = b.op("Min", b.unsqueeze(b.range(count), 0), b.op("Max", room, b.constant([0])))
+        position = b.op("Min", b.op("Add", start, source), last)  # [B, S]
+        whole = b.shape(sizes.batch, sizes.kv_heads, count)
+        row = b.unsqueeze(b.range(sizes.batch), 1, 2)
+        head = b.unsqueeze(b.range(b.shape(sizes.kv_heads)), 0, 2)
+        self._fits = b.unsqueeze(b.op("GreaterOrEqual", room, b.constant([0])), 2, 3)
 
-    sources, positions = places(source), places(position)
+        def places(at: str) -> str:
+            parts = (b.op("Expand", x, whole) for x in (row, head, b.unsqueeze(at, 1)))
+            return b.op("Concat", *(b.unsqueeze(x, 3) for x in parts), axis=3)
 
-    def written(new: str, cache: str) -> str:
-        held = b.slice(cache, 2, -1, 2**62)
-        tokens = b.op("Where", fits, b.op("GatherND", new, sources), held)
-        return b.op("ScatterND", cache, positions, tokens)
+        self._sources, self._positions = places(source), places(position)
 
-    return tuple(written(new, cache) for new, cache in zip(news, caches, strict=True))
+    def all(self, b: Body, news: tuple[str, str], caches: tuple[str, str]) -> tuple[str, str]:
+        """The caches after the write, whatever fits."""
+
+        def written(new: str, cache: str) -> str:
+            held = b.slice(cache, 2, -1, 2**62)
+            tokens = b.op("Where", self._fits, b.op("GatherND", new, self._sources), held)
+            return b.op("ScatterND", cache, self._positions, tokens)
+
+        return written(news[0], caches[0]), written(news[1], caches[1])
+
+    def fitting(self, b: Body, news: tuple[str, str], caches: tuple[str, str]) -> tuple[str, str]:
+        """The caches after the write, where every token fits."""
+        k, v = (b.op("ScatterND", c, self._positions, n) for n, c in zip(news, caches, strict=True))
+        return k, v
+
+
+NEWS, HELD = ("k", "v"), ("k_cache", "v_cache")
+STEP_RESULTS = ("attended", "k_kept", "v_kept")
+"""Names within the branches for plain decode steps and for anything else."""
+
+
+def is_step(b: Body, sizes: Sizes, capacity: str) -> str:
+    """Whether this is a plain decode step, bool []: each row has one token, and room for it."""
+    one = b.constant([1])
+    latest = b.op("ReduceMax", b.long("cache_lens"), b.constant([0]), keepdims=1)
+    fewest = b.op("ReduceMin", b.long("new_lens"), b.constant([0]), keepdims=1)
+    single, fits = b.op("Equal", sizes.rows, one), b.op("Less", latest, capacity)
+    real = b.op("GreaterOrEqual", fewest, one)
+    return b.op("Squeeze", b.op("And", single, b.op("And", fits, real)), b.constant([0]))
+
+
+def attend_one(b: Body, sizes: Sizes, scale: str, k: str, v: str, bias: str) -> str:
+    """softmax(scale · q kᵀ + bias) v for one query a row, all of which see a key.
+
+    q [B, Hq, 1, D]; k, v [B, Hkv, N, D]; bias float32, broadcastable to [B, Hkv, Hq/Hkv, N].
+    Returns [B, 1, Hq, D]. As :func:`attend`, in fewer nodes: their number is what a step of a small
+    model costs.
+    """
+    heads, kv_heads = sizes.heads, sizes.kv_heads
+    grouped = b.op("Reshape", "q", b.constant([0, kv_heads, -1, sizes.dim]))
+    scaled = b.op("Mul", grouped, b.op("CastLike", scale, grouped))
+    scores = b.float(b.op("MatMul", scaled, b.op("Transpose", k, perm=[0, 1, 3, 2])))
+    weights = b.op("Softmax", b.op("Add", scores, bias), axis=-1)
+    out = b.op("MatMul", b.op("CastLike", weights, v), v)
+    return b.op("Reshape", out, b.constant([0, 1, heads, sizes.dim]))
+
+
+def step_or_not(b: Body, sizes: Sizes, capacity: str, step: Body, general: Body) -> tuple[str, ...]:
+    """The values STEP_RESULTS, which both bodies write: those of ``step`` in a plain decode step."""
+    return tuple(b.either(is_step(b, sizes, capacity), step, general, STEP_RESULTS))
 
 
 def _body(
     b: Body, given: frozenset[str], chosen: dict[str, Any], lse: bool = False
 ) -> tuple[str, ...]:
     sizes, capacity = sizes_of(b, given, chosen)
-    caches = append(b, sizes, capacity, ("k", "v"), ("k_cache", "v_cache"))
+    append = Append(b, sizes, capacity)
     row = b.range(sizes.rows)
     start = b.unsqueeze(b.long("cache_lens"), 1)
     query = b.op("Add", start, row)  # [B, S]
@@ -82,14 +130,47 @@ def _body(
         last = b.op("Sub", capacity, b.constant([1]))
         real = b.op("And", real, b.op("Less", first, last))
     sees = b.unsqueeze(real, 1, 3)
-    bias, scale = bias_of(b, b.unsqueeze(visible, 1, 2)), b.attribute("scale")
-    k, v = caches
-    few, many = Body(prefix="few_"), Body(prefix="many_")
-    names = ["attended", "sums"][: 1 + lse]
-    few.call(attend(few, sizes, scale, "q", k, v, bias, sees, lse), names)
-    many.call(_in_blocks(many, sizes, scale, k, v, bias, sees, capacity, lse), names)
-    short = b.op("LessOrEqual", sizes.rows, b.constant([BLOCK]))
-    return (*b.either(b.op("Squeeze", short, b.constant([0])), few, many, names), *caches)
+    bias, scale = bias_of(b, b.unsqueeze(visible, 1)), b.attribute("scale")  # [B, 1, S, L]
+    grouped = b.unsqueeze(bias, 2)
+    parts = ["some_rows", "sums"][: 1 + lse]
+
+    def attended(c: Body, k: str, v: str) -> list[str]:
+        """Of any number of queries."""
+        few, many = Body(prefix="few_"), Body(prefix="many_")
+        few.call(attend(few, sizes, scale, "q", k, v, grouped, sees, lse), parts)
+        many.call(_in_blocks(many, sizes, scale, k, v, grouped, sees, capacity, lse), parts)
+        short = c.op("LessOrEqual", sizes.rows, c.constant([BLOCK]))
+        return c.either(c.op("Squeeze", short, c.constant([0])), few, many, parts)
+
+    if lse:  # of prompts, not of decode steps
+        caches = append.all(b, NEWS, HELD)
+        return *attended(b, *caches), *caches
+    step, general = Body(prefix="step_"), Body(prefix="general_")
+    if chosen[FUSED]:
+        made = _grouped_query(step, sizes, b.cast("cache_lens", _INT32), b.cast(capacity, _INT32))
+    else:
+        caches = append.fitting(step, NEWS, HELD)
+        made = (attend_one(step, sizes, scale, *caches, bias), *caches)
+    step.call(made, STEP_RESULTS)
+    caches = append.all(general, NEWS, HELD)
+    general.call((*attended(general, *caches), *caches), STEP_RESULTS)
+    return step_or_not(b, sizes, capacity, step, general)
+
+
+def _grouped_query(b: Body, sizes: Sizes, held: str, capacity: str) -> tuple[str, str, str]:
+    """A plain decode step as ONNX Runtime's own op, which writes the new tokens itself.
+
+    held int32 [B]: index of each row's last token; capacity int32 [1], for the longest it may be.
+    """
+    q, k, v = (
+        b.op("Reshape", x, b.constant([0, 1, n * sizes.dim]))  # type: ignore[operator]
+        for x, n in (("q", sizes.heads), ("k", sizes.kv_heads), ("v", sizes.kv_heads))
+    )
+    heads = {"num_heads": sizes.heads, "kv_num_heads": sizes.kv_heads}
+    inputs = (q, k, v, *HELD, held, capacity)
+    out, *caches = b.ops("GroupQueryAttention", 3, *inputs, domain=CONTRIB, **heads)
+    b.refer("scale", "scale")
+    return b.op("Reshape", out, b.constant([0, 1, sizes.heads, sizes.dim])), caches[0], caches[1]
 
 
 def _in_blocks(
@@ -158,6 +239,7 @@ CACHED_ATTENTION = OnnxOp(
     _ATTRIBUTES,
     _body,
     ("windowed", *HEADS),
+    fusable=True,
 )
 CACHED_ATTENTION_LSE = OnnxOp(
     "CachedAttentionLse",

@@ -8,13 +8,26 @@ from __future__ import annotations
 from typing import Any
 
 from ..attention.onnx import attend, bias_of
-from ..cached_attention.onnx import CACHES, DOC_WRITE, HEADS, INPUTS, SIZES, append, sizes_of
+from ..cached_attention.onnx import (
+    CACHES,
+    DOC_WRITE,
+    HEADS,
+    HELD,
+    INPUTS,
+    NEWS,
+    SIZES,
+    STEP_RESULTS,
+    Append,
+    attend_one,
+    sizes_of,
+    step_or_not,
+)
 from ..onnx_support import Body, OnnxOp, Port
 
 
 def _body(b: Body, given: frozenset[str], chosen: dict[str, Any]) -> tuple[str, ...]:
     sizes, capacity = sizes_of(b, given, chosen)
-    caches = append(b, sizes, capacity, ("k", "v"), ("k_cache", "v_cache"))
+    append = Append(b, sizes, capacity)
     length, groups = sizes.rows, sizes.kv_heads if chosen["per_head"] else 1
     row = b.range(length)
     start = b.unsqueeze(b.long("cache_lens"), 1)  # [B, 1]
@@ -36,7 +49,6 @@ def _body(b: Body, given: frozenset[str], chosen: dict[str, Any]) -> tuple[str, 
     head = b.op("Mul", b.unsqueeze(b.range(sizes.batch), 1, 2), heads)
     head = b.op("Add", head, b.unsqueeze(b.range(heads), 0, 2))
     rows = b.op("Add", b.op("Mul", head, capacity), safe)  # [B, Hkv, N]
-    k, v = (b.op("Gather", b.reshape(cache, -1, sizes.dim), rows) for cache in caches)
 
     query = b.unsqueeze(b.op("Add", start, row), 2)  # [B, S, 1]
     in_tail = b.op(
@@ -44,14 +56,29 @@ def _body(b: Body, given: frozenset[str], chosen: dict[str, Any]) -> tuple[str, 
         b.op("LessOrEqual", b.unsqueeze(position, 1), query),
         b.unsqueeze(b.op("Less", position, capacity), 1),
     )  # [B, S, T]
-    tail_bias = bias_of(b, b.unsqueeze(in_tail, 1, 2))
-    tail_bias = b.op("Expand", tail_bias, b.shape(1, groups, 1, 1, 1))
-    bias = bias_of(b, b.op("GreaterOrEqual", named, b.constant([0])))
-    bias = b.op("Expand", b.unsqueeze(bias, 2, 3), b.shape(1, 1, 1, length, 1))
-    bias = b.op("Concat", bias, tail_bias, axis=4)  # [B, Hi, 1, S, N]
-    real = b.op("Less", row, b.unsqueeze(b.long("new_lens"), 1))
-    scale, sees = b.attribute("scale"), b.unsqueeze(real, 1, 3)
-    return attend(b, sizes, scale, "q", k, v, bias, sees) + caches
+    tail_bias = bias_of(b, b.unsqueeze(in_tail, 1))
+    tail_bias = b.op("Expand", tail_bias, b.shape(1, groups, 1, 1))  # [B, Hi, S, T]
+    named_bias = b.unsqueeze(bias_of(b, b.op("GreaterOrEqual", named, b.constant([0]))), 2)
+    scale = b.attribute("scale")
+
+    def gathered(c: Body, caches: tuple[str, str]) -> list[str]:
+        return [c.op("Gather", c.reshape(x, -1, sizes.dim), rows) for x in caches]
+
+    step, general = Body(prefix="step_"), Body(prefix="general_")
+    caches = append.fitting(step, NEWS, HELD)
+    k, v = gathered(step, caches)
+    bias = step.op("Concat", named_bias, tail_bias, axis=3)
+    step.call((attend_one(step, sizes, scale, k, v, bias), *caches), STEP_RESULTS)
+
+    caches = append.all(general, NEWS, HELD)
+    k, v = gathered(general, caches)
+    wide = general.op("Expand", named_bias, general.shape(1, 1, length, 1))
+    bias = general.op("Concat", wide, tail_bias, axis=3)  # [B, Hi, S, N]
+    real = general.op("Less", row, general.unsqueeze(general.long("new_lens"), 1))
+    sees = general.unsqueeze(real, 1, 3)
+    made = attend(general, sizes, scale, "q", k, v, general.unsqueeze(bias, 2), sees)
+    general.call((*made, *caches), STEP_RESULTS)
+    return step_or_not(b, sizes, capacity, step, general)
 
 
 RETRIEVAL_ATTENTION = OnnxOp(

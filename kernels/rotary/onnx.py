@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..onnx_support import Body, OnnxOp, Port
+from ..onnx_support import CONTRIB, FUSED, Body, OnnxOp, Port
 
 
 def _body(b: Body, given: frozenset[str], chosen: dict[str, Any]) -> Sequence[str]:
     same = chosen["same_type"]
     heads = [chosen["num_heads"], chosen["kv_num_heads"]]
+    if chosen[FUSED]:  # the caller knows that the halves of each row of the tables are alike
+        x = b.op("Transpose", b.op("Concat", "q", "k", axis=2), perm=[0, 2, 1, 3])
+        # A token's row of the tables, all batches' one after the other: those are its "positions".
+        batch, length = b.size("cos", 0), b.size("cos", 1)
+        places = b.reshape(b.range(b.op("Mul", batch, length)), batch, length)
+        tables = []
+        for table in ("cos", "sin"):
+            half = b.ops("Split", 2, table, axis=2, num_outputs=2)[0]
+            tables.append(b.reshape(half, -1, b.size(half, -1)))
+        out = b.op("RotaryEmbedding", x, places, *tables, domain=CONTRIB)
+        return b.ops("Split", 2, out, b.constant(heads), axis=1)
     cos, sin = (b.unsqueeze(x if same else b.float(x), 2) for x in ("cos", "sin"))
     # The signs go with sin, which all layers share; q and k are turned together.
     low, high = b.ops("Split", 2, sin, axis=3, num_outputs=2)
@@ -37,4 +48,5 @@ ROTARY = OnnxOp(
     _ATTRIBUTES,
     _body,
     tuple(_ATTRIBUTES),
+    fusable=True,
 )

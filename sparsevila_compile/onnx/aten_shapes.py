@@ -83,6 +83,8 @@ def _sym_size(g: GraphWriter, node: fx.Node) -> Value:
 
 @converts(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 def _reshape(g: GraphWriter, node: fx.Node) -> Value:
+    if node in g.shaped:
+        return g.tensor(node.args[0])
     return g.op("Reshape", g.tensor(node.args[0]), g.vector(node.args[1]), allowzero=1)  # type: ignore[arg-type]
 
 
@@ -142,10 +144,44 @@ def _cat(g: GraphWriter, node: fx.Node) -> Value:
     return g.op("Concat", *parts, axis=dim_of(node, given["dim"]))
 
 
+def _views_by_heads(node: fx.Node) -> list[fx.Node]:
+    """The views ``[…, heads, dim]`` of the parts of a last dim, if parts are read in no other way.
+
+    The whole can then be reshaped once, and split after that.
+    """
+    views = [view for part in node.users for view in part.users]
+    parts = [part for part in node.users if part.target is operator.getitem]
+    if not len(views) == len(parts) == len(node.users) == len(value(node)):
+        return []
+    alike = {(str(list(v.args[1])[:-2]), str(value(v).shape[-1])) for v in views if _is_view(v)}  # type: ignore[arg-type]
+    if len(alike) != 1 or not all(map(_is_view, views)):
+        return []
+    dim = value(views[0]).shape[-1]
+    whole = isinstance(dim, int) and all(value(part).shape[-1] % dim == 0 for part in parts)
+    added = all(rank_of(v) == rank_of(v.args[0]) + 1 for v in views)
+    leading = all(
+        list(value(v).shape[:-2]) == list(value(v.args[0]).shape[:-1])  # type: ignore[arg-type]
+        for v in views
+    )
+    return views if whole and added and leading else []
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.target in (aten.view.default, aten.reshape.default)
+
+
 @converts(aten.split_with_sizes.default)
 def _split(g: GraphWriter, node: fx.Node) -> Value:
     given = arguments(node)
     x, sizes = given["self"], given["split_sizes"]
+    views = _views_by_heads(node) if dim_of(x, given["dim"]) == rank_of(x) - 1 else []
+    if views:
+        g.shaped.update(views)
+        dim = int(value(views[0]).shape[-1])
+        rows = g.vector([*views[0].args[1][:-2], -1, dim])  # type: ignore[index]
+        whole = g.op("Reshape", g.tensor(x), rows, allowzero=1)
+        heads = g.vector([size // dim for size in sizes])
+        return g.ops("Split", len(sizes), whole, heads, axis=rank_of(x) - 1)
     return g.ops("Split", len(sizes), g.tensor(x), g.vector(sizes), axis=dim_of(x, given["dim"]))
 
 

@@ -28,6 +28,8 @@ from sparsevila_compile.kernels.w8a8_linear.onnx import W8A8_LINEAR
 from sparsevila_compile.onnx.aten import arguments, converts
 from sparsevila_compile.onnx.graph_writer import GraphWriter, Value
 
+HALVES = (torch.float16, torch.bfloat16)
+
 ONNX_OPS: tuple[OnnxOp, ...] = (
     ADD_RMS_NORM,
     ATTENTION,
@@ -47,6 +49,12 @@ EMITTED: dict[Any, str] = {}
 """By canonical op: the name of the ONNX op that it becomes."""
 
 _Attributes = Callable[[dict[str, Any]], dict[str, Any]]
+_Fits = Callable[[dict[str, Any]], bool]
+"""Whether ONNX Runtime's own op computes the same for these arguments."""
+
+
+def _never(given: dict[str, Any]) -> bool:
+    return False
 
 
 def _write(
@@ -56,9 +64,10 @@ def _write(
     inputs: list[str],
     attributes: dict[str, Any],
     names: list[str] | None = None,
+    fused: bool = False,
 ) -> list[str]:
     outputs = names or [g.name() for _ in op.outputs]
-    g.add_function(*op.node(inputs, outputs, attributes))
+    g.add_function(*op.node(inputs, outputs, attributes, fused))
     return outputs
 
 
@@ -66,14 +75,17 @@ def _inputs(g: GraphWriter, op: OnnxOp, given: dict[str, Any]) -> list[str]:
     return ["" if given[p.name] is None else g.tensor(given[p.name]) for p in op.inputs]
 
 
-def _function(target: Any, op: OnnxOp, attributes: _Attributes, single: bool = True) -> None:
+def _function(
+    target: Any, op: OnnxOp, attributes: _Attributes, single: bool = True, fits: _Fits = _never
+) -> None:
     """An op whose tensors are its inputs by name, and whose attributes follow from the rest."""
     EMITTED[target] = f"{DOMAIN}::{op.name}"
 
     @converts(target)
     def convert(g: GraphWriter, node: fx.Node) -> Value:
         given = arguments(node)
-        made = _write(g, node, op, _inputs(g, op, given), attributes(given))
+        fused = not g.pure and fits(given)
+        made = _write(g, node, op, _inputs(g, op, given), attributes(given), fused=fused)
         return made[0] if single else made
 
 
@@ -97,7 +109,42 @@ _function(
     },
 )
 _function(ops.SILU_MUL, SILU_MUL, lambda given: {})
-_function(ops.ADD_RMS_NORM, ADD_RMS_NORM, lambda given: {"eps": given["eps"]}, single=False)
+_function(
+    ops.ADD_RMS_NORM,
+    ADD_RMS_NORM,
+    lambda given: {"eps": given["eps"]},
+    single=False,
+    fits=lambda given: given["residual"] is not None and value(given["x"]).dim() in (2, 3),
+)
+
+
+def _same_halves(node: Any) -> bool:
+    """Whether both halves of a tensor's last dim are alike, by what it is computed from."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return False
+    if node.target is torch.ops.aten.cat.default:
+        parts, axis = node.args[0], node.args[1] if len(node.args) > 1 else 0
+        last = axis in (-1, value(node).dim() - 1)
+        return last and len(parts) == 2 and parts[0] is parts[1]  # type: ignore[arg-type, index]
+    if node.target in _EACH_ELEMENT:
+        return _same_halves(node.args[0]) and not isinstance(_second(node), fx.Node)
+    return False
+
+
+_aten = torch.ops.aten
+_EACH_ELEMENT = (_aten.cos.default, _aten.sin.default, _aten.to.dtype, _aten.mul.Tensor)
+
+
+def _second(node: fx.Node) -> Any:
+    return node.args[1] if len(node.args) > 1 else None
+
+
+def _one_rotation(given: dict[str, Any]) -> bool:
+    tables = given["cos"], given["sin"]
+    same_type = all(value(t).dtype == value(given["q"]).dtype for t in tables)
+    return same_type and all(map(_same_halves, tables))
+
+
 _function(
     ops.ROTARY,
     ROTARY,
@@ -107,10 +154,13 @@ _function(
         "kv_num_heads": int(value(given["k"]).shape[2]),
     },
     single=False,
+    fits=_one_rotation,
 )
 
 
-def _cached(target: Any, op: OnnxOp, attributes: _Attributes, results: int) -> None:
+def _cached(
+    target: Any, op: OnnxOp, attributes: _Attributes, results: int, fits: _Fits = _never
+) -> None:
     """An op that writes the caches: they come out again, and later readers read what came out."""
     EMITTED[target] = f"{DOMAIN}::{op.name}"
 
@@ -128,7 +178,8 @@ def _cached(target: Any, op: OnnxOp, attributes: _Attributes, results: int) -> N
         shape = value(caches[0]).shape
         fixed = (value(given["q"]).shape[1], shape[1], shape[3])
         heads = {name: int(size) for name, size in zip(HEADS, fixed, strict=True)}
-        _write(g, node, op, inputs, attributes(given) | heads, names)
+        fused = not g.pure and fits(given)
+        _write(g, node, op, inputs, attributes(given) | heads, names, fused)
         for cache, name in zip(caches, names[results:], strict=True):
             g.values[cache] = name
         return names[0] if results == 1 else names[:results]
@@ -139,7 +190,13 @@ def _windowed(given: dict[str, Any]) -> dict[str, Any]:
     return {"scale": given["scale"], "window": window, "windowed": int(window > 0)}
 
 
-_cached(ops.CACHED_ATTENTION, CACHED_ATTENTION, _windowed, 1)
+def _grouped_query(given: dict[str, Any]) -> bool:
+    """GroupQueryAttention: its CUDA kernels are of half types; on CPUs it is slower in float32."""
+    q = value(given["q"])
+    return not given["window"] and q.dtype in HALVES and q.shape[3] % 16 == 0 and q.shape[3] <= 256
+
+
+_cached(ops.CACHED_ATTENTION, CACHED_ATTENTION, _windowed, 1, _grouped_query)
 _cached(ops.CACHED_ATTENTION_LSE, CACHED_ATTENTION_LSE, _windowed, 2)
 _cached(
     ops.RETRIEVAL_ATTENTION,

@@ -19,13 +19,13 @@ from torch import fx
 from sparsevila_compile import ops
 from sparsevila_compile.errors import GraphError, UserError
 from sparsevila_compile.graph_edit import value
+from sparsevila_compile.kernels.onnx_support import CONTRIB, CONTRIB_VERSION, IR_VERSION
 from sparsevila_compile.kernels.onnx_support import DOMAIN as DOMAIN
 from sparsevila_compile.kernels.onnx_support import DOMAIN_VERSION as DOMAIN_VERSION
-from sparsevila_compile.kernels.onnx_support import IR_VERSION
 from sparsevila_compile.kernels.onnx_support import OPSET as OPSET
 from sparsevila_compile.onnx import aten_shapes as aten_shapes  # registers its converters
 from sparsevila_compile.onnx.aten import CONVERTERS
-from sparsevila_compile.onnx.canonical import EMITTED, ONNX_OPS, PURE_W4A16
+from sparsevila_compile.onnx.canonical import EMITTED, HALVES, ONNX_OPS, PURE_W4A16
 from sparsevila_compile.onnx.graph_writer import GraphWriter
 from sparsevila_compile.onnx.weights import INT4_PARTS, PackedWeights, layouts, stored_dims
 from sparsevila_compile.program import Component, Program
@@ -50,8 +50,6 @@ _SIZES = {
 }
 """Names of symbolic sizes, by the input that has them first."""
 
-_HALVES = (torch.float16, torch.bfloat16)
-
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -74,7 +72,7 @@ def _retype(program: Program, options: ExportOptions) -> dict[torch.dtype, torch
     wanted = options.dtype
     if wanted is None or wanted == program.dtype:
         return {}
-    if wanted not in _HALVES or program.dtype not in _HALVES:
+    if wanted not in HALVES or program.dtype not in HALVES:
         has, wants = (str(d).removeprefix("torch.") for d in (program.dtype, wanted))
         raise UserError(
             f"emit.dtype: a program compiled in {has} cannot be emitted in {wants}; set model.dtype: {wants}"
@@ -149,7 +147,8 @@ def export_component(program: Program, name: str, options: ExportOptions) -> onn
         g.nodes, name, inputs, [*results, *caches], list(g.initializers.values())
     )
     domains = {n.domain for n in g.nodes}
-    versions = {"": OPSET, DOMAIN: DOMAIN_VERSION, "com.microsoft": 1}
+    domains |= {o.domain for f in g.functions.values() for o in f.opset_import}
+    versions = {"": OPSET, DOMAIN: DOMAIN_VERSION, CONTRIB: CONTRIB_VERSION}
     model = helper.make_model(
         graph,
         functions=list(g.functions.values()),

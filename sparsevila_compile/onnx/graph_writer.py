@@ -56,6 +56,7 @@ class GraphWriter(Body):
         self.values: dict[fx.Node, Value] = {}
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.transposed: set[str] = set()
+        self.shaped: set[fx.Node] = set()  # views whose input has their shape already
         self.functions: dict[tuple[str, str], onnx.FunctionProto] = {}
         self._retype = retype
         self._sizes: dict[str, str] = {}

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,41 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 _TORCH_NAMES = {"float": "float32", "double": "float64"}
 """ONNX's names of dtypes where they are not torch's."""
+
+HOST_OPS = frozenset(
+    [
+        "Add",
+        "And",
+        "Cast",
+        "Concat",
+        "Constant",
+        "Div",
+        "Equal",
+        "Gather",
+        "Greater",
+        "GreaterOrEqual",
+        "Identity",
+        "Less",
+        "LessOrEqual",
+        "Max",
+        "Min",
+        "Mod",
+        "Mul",
+        "Not",
+        "Or",
+        "Range",
+        "Reshape",
+        "Shape",
+        "Size",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Sub",
+        "Unsqueeze",
+        "Where",
+    ]
+)
+"""Ops that sizes and positions are computed with; ONNX Runtime does that on the CPU on purpose."""
 
 CACHE_OUT = "_out"
 """What the name of a cache's output adds to its input's."""
@@ -92,6 +129,13 @@ class OnnxRunner:
         folder: the bundle.
         manifest: what :func:`~sparsevila_compile.onnx.bundle.load_bundle` returned.
         device: what :func:`provider_device` returned.
+        profile: where ONNX Runtime writes what each node took, one file a component, whose names
+            :meth:`end_profiling` returns. Runs are slower then.
+
+    Attributes:
+        on_host: on a GPU, the ops that ONNX Runtime placed on the CPU all the same, a counter by
+            component. Its arithmetic on sizes belongs there (:data:`HOST_OPS`); of anything else
+            there is a warning, since its inputs and outputs cross the bus.
 
     Raises:
         UserError: ONNX Runtime refuses a graph, or its provider does not start.
@@ -100,8 +144,16 @@ class OnnxRunner:
     capturable = False
     prefill_chunk = 2048
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        device: torch.device,
+        profile: Path | None = None,
+    ) -> None:
         self.device = device
+        self._profile = profile
+        self.on_host: dict[str, Counter[str]] = {}
         self._ort = runtime()
         if device.type == "cuda":
             self._start_cuda()
@@ -145,6 +197,10 @@ class OnnxRunner:
         tensors = external_tensors(file)
         for tensor in tensors:
             options.add_initializer(tensor.name, self._weights.value(tensor))
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if self._profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(self._profile / component)
         if component == "decode" and all(_is_float(t) for t in tensors):
             # A rearranged copy of the weights of its own would help products of many rows only.
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -159,12 +215,29 @@ class OnnxRunner:
             raise UserError(
                 f"{file}: ONNX Runtime {self._ort.__version__} cannot run it: {first}{hint}"
             ) from error
+        if self.device.type != "cpu":
+            self._placed(component, file, session)
         inputs = {v.name: _dtypes(v.type) for v in session.get_inputs()}
         outputs = tuple(v.name for v in session.get_outputs())
         binding = session.io_binding()
         for name in outputs:  # the results come in the order in which outputs are first bound
             binding.bind_output(name, self.device.type, self.device.index or 0)
         return _Graph(session, binding, inputs, outputs)
+
+    def _placed(self, component: str, file: Path, session: Any) -> None:
+        """Warn of ops that the provider left to the CPU."""
+        self.on_host[component] = counted = on_host(session)
+        strange = {op: n for op, n in sorted(counted.items()) if op not in HOST_OPS}
+        if strange:
+            listed = ", ".join(f"{op} × {n}" for op, n in strange.items())
+            warnings.warn(
+                f"{file}: {PROVIDERS[self.device.type]} has no kernels for {listed}; ONNX Runtime runs them on the CPU and copies what they read and write",
+                stacklevel=2,
+            )
+
+    def end_profiling(self) -> dict[str, Path]:
+        """The files that ``profile`` asked for, by component; nothing more is recorded."""
+        return {name: Path(g.session.end_profiling()) for name, g in self._graphs.items()}
 
     def run(self, component: str, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Run one component; ``inputs`` by name (more than it takes is fine).
@@ -175,7 +248,7 @@ class OnnxRunner:
         graph = self._graphs[component]
         kept = []  # what is bound by address must live until the run is over
         for name, (dtype, code) in graph.inputs.items():
-            tensor = inputs[name].detach()
+            tensor = inputs[name]
             if tensor.dtype != dtype or not tensor.is_contiguous():
                 tensor = tensor.to(dtype).contiguous()
             kept.append(tensor)
@@ -202,6 +275,16 @@ class OnnxRunner:
         graph.binding.bind_input(name, *where)
         if name + CACHE_OUT in graph.outputs:
             graph.binding.bind_output(name + CACHE_OUT, *where)
+
+
+def on_host(session: Any) -> Counter[str]:
+    """The ops of a session that the CPU runs; it was opened to record where they are."""
+    return Counter(
+        node.op_type
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name == PROVIDERS["cpu"]
+        for node in part.get_nodes()
+    )
 
 
 def _nothing() -> bytes:
