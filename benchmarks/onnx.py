@@ -118,10 +118,13 @@ def measure(name: str, a: argparse.Namespace, folder: Path, run: Run) -> None:
     sides = {k: p for k, p in paths.items() if p is not None}
 
     def steps(which: dict[str, Path], title: str) -> None:
+        sessions: dict[str, Any] = {}
         for one in loads:
             caches = random_caches(model, one.visual + one.text, device)
             key = f"decode step over {one.visual + one.text} tokens{title}"
-            step = DecodeStep(which, one, device, error_limit, caches, truth, run, f"{name}, {key}")
+            step = DecodeStep(
+                which, one, device, error_limit, caches, truth, run, f"{name}, {key}", sessions
+            )
             sizes = {
                 "dense": decode_bytes(model, one.visual + one.text),
                 "sparse": decode_bytes(model, one.text + one.attended()),
@@ -129,7 +132,7 @@ def measure(name: str, a: argparse.Namespace, folder: Path, run: Run) -> None:
             found = run.step(f"{name}, {key}", lambda step=step: step.measure(a.rounds))
             if found is not None:
                 run.put(key, {"load": asdict(one), "bytes a step reads": sizes, **found}, name)
-            if not title:
+            if one is loads[0] and (title or device.type == "cpu"):
                 run.put(f"{key}: nodes", run.step(f"{name}, {key}: nodes", step.placement), name)
             del caches, step
             gc.collect()
@@ -140,7 +143,7 @@ def measure(name: str, a: argparse.Namespace, folder: Path, run: Run) -> None:
         embeds = (torch.randn(1, load.prompt, width, generator=g) * 0.02).to(device, dtype)
         caches = random_caches(model, load.prompt, device)
         key = f"prompt of {load.prompt} tokens{title}"
-        prompt = Prompt(which, load, device, error_limit, caches, truth, run, f"{name}, {key}")
+        prompt = Prompt(which, load, device, error_limit, caches, truth, run, f"{name}, {key}", {})
         found = run.step(f"{name}, {key}", lambda: prompt.measure(embeds, a.prompt_rounds))
         run.put(key, found, name)
         gc.collect()

@@ -162,29 +162,12 @@ class Stock:
     """transformers' ``OnnxExporter`` output, its sessions bound as well as they can be.
 
     Its caches are inputs and outputs of different lengths, so a step writes them anew.
-
-    Raises:
-        ImportError: the exporter's own dependency ``onnxscript`` is not installed.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        device: torch.device,
-        caches: dict[str, torch.Tensor],
-        graphs: tuple[str, ...],
+        self, sessions: dict[str, Any], device: torch.device, caches: dict[str, torch.Tensor]
     ) -> None:
-        self.device = device
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = torch.get_num_threads()
-        kind = PROVIDERS[device.type]
-        self.sessions = {
-            name: onnxruntime.InferenceSession(
-                str(folder / f"{name}.onnx"), options, providers=[kind]
-            )
-            for name in graphs
-        }
+        self.sessions, self.device = sessions, device
         self._places: dict[int, torch.Tensor] = {}
         self.past = {
             f"input.past_key_values.layers.{name.rpartition('_')[2]}."
@@ -254,6 +237,22 @@ class TorchModel:
     def prefill(self, embeds: torch.Tensor) -> torch.Tensor:
         """Logits of the last of some embeddings ``[1, n, width]``."""
         return self._logits(embeds, {})
+
+
+def open_stock(folder: Path, device: torch.device, graphs: tuple[str, ...]) -> dict[str, Any]:
+    """Sessions of an export of transformers' own."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    kind = PROVIDERS[device.type]
+    opened = {
+        name: onnxruntime.InferenceSession(str(folder / f"{name}.onnx"), options, providers=[kind])
+        for name in graphs
+    }
+    for name, session in opened.items():
+        if kind not in session.get_providers():
+            raise RuntimeError(f"{kind} does not start for {name}.onnx")
+    return opened
 
 
 def write_stock(model: Any, sample: dict[str, Any], folder: Path, fusions: str | None) -> Path:

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.onnx_placement import read_profile
 from benchmarks.onnx_run import Run, relative
-from benchmarks.onnx_sides import Bundle, Load, Stock, TorchModel, open_bundle, timed
+from benchmarks.onnx_sides import Bundle, Load, Stock, TorchModel, open_bundle, open_stock, timed
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -55,16 +55,27 @@ class Comparison:
         truth: TorchModel | None,
         run: Run,
         key: str,
+        sessions: dict[str, Any],
     ) -> None:
         self.paths, self.load, self.device, self.caches = paths, load, device, caches
         self.error_limit, self.truth, self.run, self.key = error_limit, truth, run, key
+        self.sessions = sessions  # what is open already, by side
 
     def opened(self, title: str, call: Callable[[Path], Any]) -> Any:
-        """A side, or None where there is none or it does not start."""
+        """A side's sessions, or None where there are none or they do not start."""
         path = self.paths.get(title)
-        if path is None:
-            return None
-        return self.run.step(f"{self.key}: {title}", lambda: call(path))
+        if path is not None and title not in self.sessions:
+            self.sessions[title] = self.run.step(f"{self.key}: open {title}", lambda: call(path))
+        return self.sessions.get(title)
+
+    def side(self, title: str, stock_graphs: tuple[str, ...]) -> Any:
+        """A side that decodes densely, or None."""
+        device = self.device
+        if title == "dense":
+            runner = self.opened(title, lambda at: open_bundle(at, device, ("language",)))
+            return None if runner is None else Bundle(runner, self.caches)
+        sessions = self.opened(title, lambda at: open_stock(at, device, stock_graphs))
+        return None if sessions is None else Stock(sessions, device, self.caches)
 
     def checked(self, found: dict[str, torch.Tensor]) -> dict[str, float]:
         """Relative error of each side's logits against transformers' own, or the dense bundle's.
@@ -95,15 +106,7 @@ class DecodeStep(Comparison):
         load, device = self.load, self.device
         held, head = load.visual + load.text, load.text // 2
         token = torch.tensor([[self.token]], device=device)
-        sides = {
-            "dense": self.opened(
-                "dense", lambda at: Bundle(open_bundle(at, device, ("language",)), self.caches)
-            )
-        }
-        for title in ("stock", "stock, fused"):
-            sides[title] = self.opened(
-                title, lambda at: Stock(at, device, self.caches, ("decode",))
-            )
+        sides = {n: self.side(n, ("decode",)) for n in ("dense", "stock", "stock, fused")}
         found = {}
         for title, side in sides.items():
             if side is not None:
@@ -153,15 +156,8 @@ class Prompt(Comparison):
 
     def measure(self, embeds: torch.Tensor, rounds: int) -> dict[str, Any]:
         device = self.device
-        sides = {
-            "dense": self.opened(
-                "dense", lambda at: Bundle(open_bundle(at, device, ("language",)), self.caches)
-            )
-        }
-        for title in ("stock", "stock, fused"):
-            sides[title] = self.opened(
-                title, lambda at: Stock(at, device, self.caches, ("language_model", "lm_head"))
-            )
+        graphs = ("language_model", "lm_head")
+        sides = {n: self.side(n, graphs) for n in ("dense", "stock", "stock, fused")}
         found = {}
         for title, side in sides.items():
             if side is not None:

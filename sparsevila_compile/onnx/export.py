@@ -7,6 +7,7 @@ initializers are external, named as in the checkpoint, so that all components sh
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -234,5 +235,7 @@ def register_schemas() -> None:
     global _registered
     if not _registered:
         _registered = True
+        # Imported later, it would refuse a name of ours that ai.onnx has too; onnxscript imports it.
+        importlib.import_module("onnx.reference")
         for op in ONNX_OPS:
             onnx.defs.register_schema(op.schema())
