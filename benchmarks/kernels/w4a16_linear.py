@@ -3,7 +3,7 @@
     python -m benchmarks.kernels.w4a16_linear --out w4a16_linear.json [--rows 1 8] [--layers 7B]
 
 Group size 128, bf16 x, codes, scales and zero points at random. Weights rotate over more than the
-cache holds. The floor is the larger of the bytes (int4 weight, scales, zero points, x and output
+cache holds. From 512 rows on also the op that `fp8_prefill` puts in, which multiplies in float8. The floor is the larger of the bytes (int4 weight, scales, zero points, x and output
 once) at the speed of a large device copy and of the operations at the rate of a large bf16 product,
 both measured in the same run. A result that is off is not timed. GemLite searches for its own tiles,
 up to a minute for each shape and number of rows: ``--gemlite`` includes it where it is installed, at
@@ -25,6 +25,7 @@ from torch.nn.functional import linear
 
 from benchmarks.stock.linears import GemliteLinear, Int4, TinygemmLinear, gemlite_runs
 from benchmarks.timing import environment, relative_error, time_graph
+from sparsevila_compile.kernels.w4a8_linear.op import OP as FP8
 from sparsevila_compile.kernels.w4a16_linear.op import OP
 from sparsevila_compile.kernels.w4a16_linear.packing import pack_int4
 
@@ -34,6 +35,10 @@ ROTATED = 150e6
 """Bytes that the weights of one graph have together at least: three times the cache."""
 BOUND = 6e-3
 """Relative error that counts as right: rounding weights and results to bf16 makes 0.0023."""
+FP8_BOUND = 5e-2
+"""The same where activations and weights are rounded to float8, which makes 0.03 to 0.04."""
+FP8_ROWS = 512
+"""From so many rows on `fp8_prefill`'s op is measured too."""
 
 LAYERS: dict[str, dict[str, tuple[int, int]]] = {
     "7B": {
@@ -95,6 +100,18 @@ class Ours:
 
 
 @dataclass(frozen=True)
+class Fp8:
+    """The op that `fp8_prefill` puts in its place for prompts."""
+
+    stored: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    impl: str
+
+    def few(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = FP8.overload(x, *self.stored, None, GROUP, FP8_ROWS, impl=self.impl)
+        return out
+
+
+@dataclass(frozen=True)
 class Bf16:
     weight: torch.Tensor
 
@@ -102,15 +119,26 @@ class Bf16:
         return linear(x, self.weight)
 
 
-def ours(weights: Int4) -> Ours:
-    stored = (pack_int4(weights.q), weights.scale, weights.zero.to(torch.uint8))
+def _stored(weights: Int4) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """An x to choose by, and the weight as this package stores it."""
     x = torch.empty(1, weights.q.shape[1], dtype=torch.bfloat16, device=DEVICE)
+    return x, (pack_int4(weights.q), weights.scale, weights.zero.to(torch.uint8))
+
+
+def ours(weights: Int4) -> Ours:
+    x, stored = _stored(weights)
     return Ours(stored, OP.choose(DEVICE, x, *stored, None, GROUP).name)
+
+
+def fp8(weights: Int4) -> Fp8:
+    x, stored = _stored(weights)
+    return Fp8(stored, FP8.choose(DEVICE, x, *stored, None, GROUP, FP8_ROWS).name)
 
 
 def sides(gemlite: bool) -> dict[str, Callable[[Int4], Any]]:
     chosen: dict[str, Callable[[Int4], Any]] = {
         "ours": ours,
+        "ours, fp8 activations": fp8,
         "bf16 cuBLAS": lambda w: Bf16(w.dense().bfloat16()),
         "torch int4": TinygemmLinear,
     }
@@ -122,6 +150,8 @@ def sides(gemlite: bool) -> dict[str, Callable[[Int4], Any]]:
 def asked(side: str, rows: int) -> bool:
     if side == "GemLite":
         return rows in GEMLITE_ROWS
+    if "fp8" in side:
+        return rows >= FP8_ROWS
     return side != "torch int4" or rows <= TINYGEMM_ROWS
 
 
@@ -146,7 +176,7 @@ def measure(k: int, n: int, all_rows: Sequence[int], gemlite: bool) -> list[dict
                 continue
             x = tokens[rows]
             error = relative_error(built[0].few(x)[-256:], exact[rows])
-            if error > BOUND:
+            if error > (FP8_BOUND if "fp8" in name else BOUND):
                 result["refused"][name] = f"off by {error:.2g}"
                 continue
             calls = [lambda b=b, x=x: b.few(x) for b in built]
