@@ -24,16 +24,19 @@ from sparsevila_compile.running import GraphRunner, Runner
 _MIN_CHUNK = 256
 """Tokens a row at least: fewer would read the weights too often."""
 
-VISION_CHUNK = 32768
-"""Patches that the encoder takes at a time, where a single picture has no more.
+VISION_CHUNK = 24576
+"""Patches that the encoder takes at a time, where a single picture has no more: what bounds its
+activations' memory.
 
-An H200 works on half of these for less time than its host takes to launch their kernels."""
+An H200 works on two thirds of these for less time than its host takes to launch their kernels."""
 
 _KEPT_GRIDS = 8
 
-MIN_SPARED_BYTES = 8_000_000
-"""Keys and values of one layer that retrieval must spare a decode step to be faster than reading
-them all. An estimate for an H200, some 2 microseconds of reading; the crossing is not measured yet."""
+MIN_SPARED_BYTES = 5_000_000
+"""Keys and values of one layer that retrieval must spare a decode step to be worth its scoring.
+
+On an H200 the attention alone is faster from 2 MB on (batch 1 to 32, docs/performance.md). At 5 MB it
+saves a microsecond a layer, which earns the question's scoring back within some ten tokens."""
 
 
 class KVCache:
@@ -195,11 +198,22 @@ class Engine:
             width = int(self.program.config["text_config"]["hidden_size"])
             empty = torch.empty((0, width), dtype=self.program.dtype, device=self.device)
             return empty, lambda: [[] for _ in prompts]
-        runs = [(g, self.run("vision", self.vision_inputs(g))) for g in self._groups(prompts)]
-        # Taken out: what `kept` holds on to must not keep them in memory beside the whole.
-        visual = [out.pop("visual_tokens") for _, out in runs]
-        tokens = visual[0] if len(visual) == 1 else torch.cat(visual)
-        del visual
+        total = sum(keep for prompt in prompts for _, keep in self.budgets(prompt))
+        runs, at = [], 0
+        tokens = torch.empty(0)
+        groups = self._groups(prompts)
+        for group in groups:
+            out = self.run("vision", self.vision_inputs(group))
+            part = out.pop("visual_tokens")
+            if at == 0:  # the whole is allocated once: to join parts would hold them twice
+                tokens = part if len(groups) == 1 else part.new_empty((total, part.shape[1]))
+            if len(groups) > 1:
+                with torch.inference_mode():
+                    tokens[at : at + len(part)] = part
+            at += len(part)
+            runs.append((group, out))
+            del part, out
+        assert at == len(tokens), "the encoder gave other tokens than its budget"
         chosen = [] if self.program.prune is None else [out["kept"] for _, out in runs]
 
         def kept() -> list[list[torch.Tensor]]:

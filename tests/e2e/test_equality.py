@@ -84,7 +84,35 @@ def _same_as_transformers(name: str, recipe: tuple[tiny.Spec, ...], rows: list[t
     prompt = tiny.inputs(name, rows)
     expected = tiny.dense(name, prompt)
     _varied(expected[:, -tiny.NEW :])
-    assert torch.equal(tiny.compiled(name, *recipe).generate(**prompt, **tiny.greedy()), expected)
+    found = tiny.compiled(name, *recipe).generate(**prompt, **tiny.greedy())
+    if not torch.equal(found, expected):
+        _differ_by_ties_only(name, prompt, found, expected)
+
+
+def _differ_by_ties_only(
+    name: str, prompt: dict[str, torch.Tensor], found: torch.Tensor, expected: torch.Tensor
+) -> None:
+    """Where a row leaves transformers' answer, transformers' two best logits are equal to rounding.
+
+    Which of the two wins then differs between processors; one such step was met. What follows it
+    cannot be compared.
+    """
+    more = {"return_dict_in_generate": True, "output_logits": True}
+    steps = tiny.model(name).generate(**prompt, **tiny.greedy(), **more).logits
+    start = prompt["input_ids"].shape[1]
+    assert torch.equal(found[:, :start], expected[:, :start])
+    for row in range(len(expected)):
+        differs = (found[row] != expected[row]).nonzero()
+        if len(differs) == 0:
+            continue
+        at = int(differs[0]) - start
+        assert at >= 12, f"row {row} differs after {at} tokens"
+        logits = steps[at][row]
+        best = logits.topk(2)
+        both = {int(found[row, start + at]), int(expected[row, start + at])}
+        assert both == set(best.indices.tolist()), f"row {row} differs after {at} tokens"
+        gap, scale = float(best.values[0] - best.values[1]), float(logits.abs().max())
+        assert gap <= 1e-6 * scale, f"row {row} differs after {at} tokens, by {gap} of {scale}"
 
 
 def _varied(answers: torch.Tensor) -> None:
