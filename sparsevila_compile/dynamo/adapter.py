@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch.fx.experimental._config
 from torch import fx
 
 RECOMPILE_LIMIT = 64
@@ -30,6 +31,11 @@ def prepare_dynamo() -> None:
     config: Any = torch._dynamo.config
     config.capture_scalar_outputs = True
     config.recompile_limit = max(int(config.recompile_limit), RECOMPILE_LIMIT)
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        # There the token merge (masked_scatter) makes a size that nothing uses, which Dynamo takes
+        # for an error unless told to warn.
+        symbolic: Any = torch.fx.experimental._config
+        symbolic.soft_pending_unbacked_not_found_error = True
 
 
 def compiled_module() -> torch.nn.Module | None:
