@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -144,7 +145,7 @@ def _cat(g: GraphWriter, node: fx.Node) -> Value:
     return g.op("Concat", *parts, axis=dim_of(node, given["dim"]))
 
 
-def _views_by_heads(node: fx.Node) -> list[fx.Node]:
+def _views_by_heads(g: GraphWriter, node: fx.Node) -> list[fx.Node]:
     """The views ``[…, heads, dim]`` of the parts of a last dim, if parts are read in no other way.
 
     The whole can then be reshaped once, and split after that.
@@ -153,9 +154,12 @@ def _views_by_heads(node: fx.Node) -> list[fx.Node]:
     parts = [part for part in node.users if part.target is operator.getitem]
     if not len(views) == len(parts) == len(node.users) == len(value(node)):
         return []
-    alike = {(str(list(v.args[1])[:-2]), str(value(v).shape[-1])) for v in views if _is_view(v)}  # type: ignore[arg-type]
-    if len(alike) != 1 or not all(map(_is_view, views)):
+    if not all(map(_is_view, views)):
         return []
+    if len({(str(_sizes(v)[:-2]), str(value(v).shape[-1])) for v in views}) != 1:
+        return []
+    if not all(s in g.values for v in views for s in _sizes(v) if isinstance(s, fx.Node)):
+        return []  # sizes that are computed only later
     dim = value(views[0]).shape[-1]
     whole = isinstance(dim, int) and all(value(part).shape[-1] % dim == 0 for part in parts)
     added = all(rank_of(v) == rank_of(v.args[0]) + 1 for v in views)
@@ -166,6 +170,12 @@ def _views_by_heads(node: fx.Node) -> list[fx.Node]:
     return views if whole and added and leading else []
 
 
+def _sizes(view: fx.Node) -> list[Any]:
+    given = view.args[1]
+    assert isinstance(given, (list, tuple))
+    return list(given)
+
+
 def _is_view(node: fx.Node) -> bool:
     return node.target in (aten.view.default, aten.reshape.default)
 
@@ -174,11 +184,12 @@ def _is_view(node: fx.Node) -> bool:
 def _split(g: GraphWriter, node: fx.Node) -> Value:
     given = arguments(node)
     x, sizes = given["self"], given["split_sizes"]
-    views = _views_by_heads(node) if dim_of(x, given["dim"]) == rank_of(x) - 1 else []
+    last = dim_of(x, given["dim"]) == rank_of(x) - 1
+    views = _views_by_heads(g, node) if last else []
     if views:
         g.shaped.update(views)
         dim = int(value(views[0]).shape[-1])
-        rows = g.vector([*views[0].args[1][:-2], -1, dim])  # type: ignore[index]
+        rows = g.vector([*_sizes(views[0])[:-2], -1, dim])
         whole = g.op("Reshape", g.tensor(x), rows, allowzero=1)
         heads = g.vector([size // dim for size in sizes])
         return g.ops("Split", len(sizes), whole, heads, axis=rank_of(x) - 1)

@@ -14,6 +14,7 @@ import torch
 from sparsevila_compile.errors import UserError
 from sparsevila_compile.graph_edit import Editor
 from sparsevila_compile.kernels.onnx_support import DOMAIN, OPSET
+from sparsevila_compile.manager import run_passes
 from sparsevila_compile.model import CompiledModel
 from sparsevila_compile.onnx.export import (
     ExportOptions,
@@ -22,8 +23,10 @@ from sparsevila_compile.onnx.export import (
     export_component,
     packed_weights,
 )
+from sparsevila_compile.onnx.lowering import LowerToOnnx
 from sparsevila_compile.onnx.weights import pack_pairs
 from sparsevila_compile.ops import W4A8_LINEAR, W4A16_LINEAR
+from sparsevila_compile.pass_base import Context
 from sparsevila_compile.program import Program
 from sparsevila_compile.trace import trace
 from tests import tiny
@@ -174,6 +177,44 @@ def test_models_name_what_they_hold() -> None:
     outputs = [o.name for o in model.graph.output]
     caches = [f"{kind}_cache_{i}_out" for i in (0, 1) for kind in "kv"]
     assert outputs == ["logits", *caches]
+
+
+FUSING: tuple[tiny.Spec, ...] = ("insert_kv_cache", "fuse_rms_norm", "fuse_rotary")
+
+
+def _fused(program: Program) -> tuple[onnx.ModelProto, set[str]]:
+    run_passes(program, tiny.make_passes(*FUSING), Context(), lowering=LowerToOnnx.of())
+    model = export_component(program, "language", ExportOptions())
+    return model, {n.op_type for n in model.graph.node if n.overload.endswith("fused")}
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen"])
+def test_ops_of_onnx_runtime_stand_in_where_they_compute_the_same(name: str) -> None:
+    program = tiny.traced(name)
+    model, fused = _fused(program)
+    assert fused == {"AddRmsNorm", "Rotary"}
+    theirs = {n.op_type for f in model.functions for n in f.node if n.domain == "com.microsoft"}
+    assert theirs == {"SkipSimplifiedLayerNormalization", "RotaryEmbedding"}
+    assert "com.microsoft" in {o.domain for o in model.opset_import}
+    pure = export_component(program, "language", ExportOptions(pure=True))
+    assert {o.domain for o in pure.opset_import} == {""}
+
+
+def test_tables_whose_halves_may_differ_rotate_by_the_body() -> None:
+    program = tiny.traced("llava")
+    graph = program.component("language").graph
+    [table] = [n for n in graph.nodes if n.target is torch.ops.aten.cat.default and _turns(n)]
+    low, high = table.args[0]  # type: ignore[misc]
+    assert low is high
+    with graph.inserting_before(table):
+        other = graph.call_function(torch.ops.aten.mul.Tensor, (high, 2.0))
+    other.meta = dict(high.meta)  # type: ignore[union-attr]
+    table.args = ([low, other], *table.args[1:])
+    assert _fused(program)[1] == {"AddRmsNorm"}
+
+
+def _turns(node: torch.fx.Node) -> bool:
+    return any(user.target is torch.ops.aten.cos.default for user in node.users)
 
 
 def test_weights_are_shared_and_outside(tmp_path: Path) -> None:

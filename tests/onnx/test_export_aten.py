@@ -90,6 +90,13 @@ def _kernels(w: torch.Tensor) -> torch.Tensor:
     return w.reshape(5, 1, 2, 3)
 
 
+def _heads(x: torch.Tensor) -> torch.Tensor:
+    """As a decoder does with its queries, keys and values."""
+    q, k = torch.split(x.transpose(1, 2), [4, 2], -1)
+    shape = (x.shape[0], x.shape[2], -1, 2)
+    return q.view(shape) * k.view(shape)
+
+
 FUNCTIONS: dict[str, Call] = {
     "arithmetic": lambda x, i, w: (2 * x + 1 - x / 3) * (x - 0.5) / (x * x + 1),
     "mixed types": lambda x, i, w: x * i[:, None, None] + i[:, None, None],
@@ -130,6 +137,7 @@ FUNCTIONS: dict[str, Call] = {
     "orders": lambda x, i, w: x.permute(2, 0, 1).transpose(0, -1).contiguous().clone(),
     "cat": lambda x, i, w: torch.cat([x, x[:, :2], i[:, None, None].expand(-1, 1, x.shape[2])], 1),
     "split": lambda x, i, w: torch.split(x, [1, 2, 3], 1)[2] * torch.split(x, [1, 2, 3], 1)[0],
+    "split by heads": lambda x, i, w: _heads(x),
     "unbind": lambda x, i, w: torch.unbind(x, 1)[3] - torch.unbind(x, 1)[1],
     "arange": lambda x, i, w: x + torch.arange(x.shape[2], device=x.device),
     "casts": lambda x, i, w: (
@@ -152,6 +160,22 @@ FUNCTIONS: dict[str, Call] = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_function(name: str) -> None:
     checked(name)
+
+
+def test_a_split_by_heads_is_reshaped_once() -> None:
+    """And one whose parts have other dims each by itself."""
+
+    def reshapes(call: Call) -> int:
+        model = export_component(program_of(call), "f", ExportOptions())
+        return sum(n.op_type == "Reshape" for n in model.graph.node)
+
+    def unlike(x: torch.Tensor) -> torch.Tensor:
+        q, k = torch.split(x.transpose(1, 2), [4, 2], -1)
+        shape = (x.shape[0], x.shape[2], -1)
+        return q.view(*shape, 4) * k.view(*shape, 1)[..., :1, :]
+
+    assert reshapes(lambda x, i, w: _heads(x)) == 1
+    assert reshapes(lambda x, i, w: unlike(x)) == 2
 
 
 def test_every_converter_is_tried() -> None:
