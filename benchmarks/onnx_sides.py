@@ -209,12 +209,13 @@ class TorchModel:
     """transformers' own model in torch, which all sides are compared with."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
-        self.model = model
+        # Exports trace the model where it is, so a device gets a copy.
+        self.model = model if device.type == "cpu" else copy.deepcopy(model).to(device)
         self.device = device
 
     def _logits(self, embeds: torch.Tensor, caches: dict[str, torch.Tensor]) -> torch.Tensor:
         """Of the last embedding ``[1, n, width]`` behind cached tokens, ``[vocabulary]``."""
-        model, held = self.model.to(self.device), 0
+        model, held = self.model, 0
         past = DynamicCache()
         for name, keys in caches.items():
             if name[0] == "k":
@@ -226,13 +227,11 @@ class TorchModel:
             inputs_embeds=embeds, position_ids=places, past_key_values=past, use_cache=True
         )
         logits: torch.Tensor = model.lm_head(out.last_hidden_state[:, -1])[0]
-        model.to("cpu")  # exports trace it there
         return logits
 
     def decode(self, token: torch.Tensor, caches: dict[str, torch.Tensor]) -> torch.Tensor:
         """Logits ``[vocabulary]`` of one token behind the caches."""
-        table = self.model.get_input_embeddings().weight.to(self.device)
-        return self._logits(torch.nn.functional.embedding(token, table), caches)
+        return self._logits(self.model.get_input_embeddings()(token), caches)
 
     def prefill(self, embeds: torch.Tensor) -> torch.Tensor:
         """Logits of the last of some embeddings ``[1, n, width]``."""
