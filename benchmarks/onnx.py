@@ -151,7 +151,7 @@ def measure(name: str, a: argparse.Namespace, folder: Path, run: Run) -> None:
     if device.type != "cpu":  # what needs the slow exports below comes last
         steps(sides, ", ours alone")
         prompts(sides, ", ours alone")
-    for title, fusions in (("stock", None), ("stock, fused", a.provider)):
+    for title, fusions in (("stock, fused", a.provider), ("stock", None)):
         at = folder / f"{name} {title}"
         made = run.step(
             f"{name}, {title}: export",
