@@ -13,6 +13,7 @@ from . import (
     pad_linears,
     prune_visual_tokens,
     quantize_linear,
+    repack_awq,
     sparsify_decode_attention,
     trim_last_layer,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "pad_linears",
     "prune_visual_tokens",
     "quantize_linear",
+    "repack_awq",
     "sparsify_decode_attention",
     "trim_last_layer",
 ]

@@ -139,12 +139,13 @@ class W4A16(Scheme):
         return (*parts, bias, self.group_size)
 
     @staticmethod
-    def _packed(quantized: Quantized) -> Parts:
-        return {
-            "qweight": pack_int4(quantized.codes),
-            "scales": quantized.scales,
-            "zero_points": quantized.zero_points,
-        }
+    def parts(qweight: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor) -> Parts:
+        """A linear's parts by name, from tensors in the layout of ``w4a16_linear``."""
+        return {"qweight": qweight, "scales": scales, "zero_points": zero_points}
+
+    @classmethod
+    def _packed(cls, quantized: Quantized) -> Parts:
+        return cls.parts(pack_int4(quantized.codes), quantized.scales, quantized.zero_points)
 
 
 class W8A8(Scheme):

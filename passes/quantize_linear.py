@@ -27,6 +27,7 @@ from sparsevila_compile.calibration import Lockstep, Override, component_inputs,
 from sparsevila_compile.errors import GraphError, UserError
 from sparsevila_compile.graph_edit import Editor, module_path
 from sparsevila_compile.kernels.w8a8_linear.op import float8_missing
+from sparsevila_compile.ops import W4A16_LINEAR
 from sparsevila_compile.pass_base import (
     Context,
     Match,
@@ -186,6 +187,14 @@ class QuantizeLinear(Pass[QuantizeLinearConfig]):
                 "language linears are calibrated through the KV cache; list insert_kv_cache before it"
             )
         paths = [module_path(n) for n in calls(program, self.config.component, LINEAR)]
+        stored = sum(1 for _ in calls(program, self.config.component, W4A16_LINEAR))
+        left = [p for p in paths if not any(_named(p, e) for e in self.config.ignore)]
+        if stored and not left and not self.config.optional:
+            raise UserError(
+                f"the {stored} {self.config.component} linears are in 4 bits already, as the "
+                "checkpoint or an earlier quantize_linear has them; remove this one, or give it "
+                "the other component"
+            )
         entries = self.config.ignore if "ignore" in self.config.model_fields_set else ()
         for entry in entries:
             if not any(_named(path, entry) for path in paths):
@@ -211,6 +220,8 @@ class QuantizeLinear(Pass[QuantizeLinearConfig]):
                 yield Match(component, node)
             else:
                 yield Miss(component, reason, path, node.name)
+        for node in calls(program, component, W4A16_LINEAR):
+            yield Miss(component, "in 4 bits already", module_path(node), node.name)
 
     def _indivisible(self, width: int, path: str) -> str | None:
         size = self.config.group_size

@@ -179,8 +179,16 @@ def compile_recipe(
     target = check_output(recipe, output, replace)
     passes = recipe.build()
     lowering = recipe.lowering()
-    watch.total(len(steps_for(passes, lowering)) + 4)
-    model, processor = _load(recipe, where, clock)
+    hf.quiet()
+    with recipe.blame("model", "path"), clock("read configuration") as said:
+        config = _config(recipe)
+        awq = hf.awq_format(config, f"{recipe.checkpoint()}: config.json") is not None
+        watch.total(len(steps_for(passes, lowering, awq=awq)) + 4)
+        processor = hf.load_processor(recipe.checkpoint(), **_hub_options(recipe))
+        said.append(str(getattr(config, "model_type", "")))
+    with clock("load weights") as said:
+        model = load_dense(recipe, where)
+        said.append(f"{hf.parameter_count(model) / 1e6:,.1f} M parameters, {where}")
     generation_config = getattr(model, "generation_config", None)
     with clock("trace") as said, recipe.blame("model", "path"):
         program = trace(model)
@@ -224,21 +232,6 @@ def _save(recipe: Recipe) -> Callable[..., Path]:
     return functools.partial(save, options=options)
 
 
-def _load(recipe: Recipe, device: torch.device, clock: _Clock) -> tuple[Any, Any]:
-    hf.quiet()
-    options = _hub_options(recipe)
-    with recipe.blame("model", "path"):
-        with clock("read configuration") as said:
-            config = _config(recipe)
-            processor = hf.load_processor(recipe.checkpoint(), **options)
-            said.append(str(getattr(config, "model_type", "")))
-        with clock("load weights") as said:
-            model = load_dense(recipe, device)
-            count = sum(p.numel() for p in model.parameters())
-            said.append(f"{count / 1e6:,.1f} M parameters, {device}")
-    return model, processor
-
-
 def _hub_options(recipe: Recipe) -> dict[str, Any]:
     section = recipe.model
     return {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
@@ -278,4 +271,5 @@ def trace_empty(recipe: Recipe) -> Program:
     hf.quiet()
     with recipe.blame("model", "path"):
         config = _config(recipe)
-        return trace(hf.empty_model(config, DTYPES[recipe.model.dtype]))
+        empty = hf.empty_model(config, DTYPES[recipe.model.dtype], recipe.checkpoint())
+        return trace(empty)

@@ -16,6 +16,7 @@ import sparsevila_compile.passes  # noqa: F401  (registers them)
 from sparsevila_compile.errors import GraphError, UserError
 from sparsevila_compile.graph_edit import Editor
 from sparsevila_compile.pass_base import PASSES, Context, Match, Miss, Pass, PassError
+from sparsevila_compile.passes.repack_awq import RepackAwq
 from sparsevila_compile.program import STAGES, Program
 from sparsevila_compile.report import MissGroup, PassReport, Site
 from sparsevila_compile.verify import verify
@@ -39,11 +40,14 @@ def fingerprint(program: Program) -> str:
     return digest.hexdigest()
 
 
-def steps_for(passes: Sequence[Pass[Any]], lowering: Pass[Any] | None = None) -> list[Step]:
+def steps_for(
+    passes: Sequence[Pass[Any]], lowering: Pass[Any] | None = None, *, awq: bool = False
+) -> list[Step]:
     """The recipe's passes plus those that every compilation needs, where not listed.
 
     Args:
         lowering: the pass that ends the compilation; ``lower_ops`` by default.
+        awq: the checkpoint stores linears as AWQ tools do, which ``repack_awq`` takes over.
 
     Raises:
         PassError: out of stage order, or a pass twice that must not repeat.
@@ -68,8 +72,9 @@ def steps_for(passes: Sequence[Pass[Any]], lowering: Pass[Any] | None = None) ->
             )
         seen[pass_.name] = index or 0
         last = order
-    if "canonicalize" not in seen:
-        steps.insert(0, (_default("canonicalize"), None))
+    for name in ("canonicalize", *(("repack_awq",) if awq else ())):
+        if name not in seen:
+            steps.insert(0, (_default(name), None))
     last_pass = lowering or _default("lower_ops")
     if last_pass.name not in seen:
         steps.append((last_pass, None))
@@ -99,7 +104,7 @@ def run_passes(
         GraphError: a pass broke the program (a defect); the program is restored first.
     """
     reports = []
-    for pass_, index in steps_for(passes, lowering):
+    for pass_, index in steps_for(passes, lowering, awq=RepackAwq.needed(program)):
         on_start(pass_.name)
         reports.append(_run(program, pass_, index, context))
         on_report(reports[-1])

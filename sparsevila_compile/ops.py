@@ -6,6 +6,7 @@
 from sparsevila_compile.kernels.add_rms_norm.op import OP as _add_rms_norm
 from sparsevila_compile.kernels.attention.op import LSE as _attention_lse
 from sparsevila_compile.kernels.attention.op import OP as _attention
+from sparsevila_compile.kernels.awq_linear.op import OP as _awq_linear
 from sparsevila_compile.kernels.cached_attention.op import LSE as _cached_attention_lse
 from sparsevila_compile.kernels.cached_attention.op import OP as _cached_attention
 from sparsevila_compile.kernels.column_reduce.op import OP as _column_reduce
@@ -21,6 +22,7 @@ from sparsevila_compile.kernels.w8a8_linear.op import OP as _w8a8_linear
 ADD_RMS_NORM = _add_rms_norm.overload
 ATTENTION = _attention.overload
 ATTENTION_LSE = _attention_lse.overload
+AWQ_LINEAR = _awq_linear.overload
 CACHED_ATTENTION = _cached_attention.overload
 CACHED_ATTENTION_LSE = _cached_attention_lse.overload
 COLUMN_REDUCE = _column_reduce.overload

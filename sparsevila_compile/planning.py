@@ -12,6 +12,7 @@ from sparsevila_compile.errors import GraphError, UserError
 from sparsevila_compile.graph_edit import module_path
 from sparsevila_compile.manager import look, run_passes, steps_for
 from sparsevila_compile.pass_base import Context, Match, Miss, Pass
+from sparsevila_compile.passes.repack_awq import RepackAwq
 from sparsevila_compile.program import Program
 from sparsevila_compile.recipe import Recipe
 from sparsevila_compile.report import PassReport
@@ -63,7 +64,8 @@ def plan(recipe: Recipe) -> list[Planned]:
     """
     program = trace_empty(recipe)
     lowering = recipe.lowering()
-    steps = [Planned(p, i) for p, i in steps_for(recipe.build(), lowering)]
+    awq = RepackAwq.needed(program)
+    steps = [Planned(p, i) for p, i in steps_for(recipe.build(), lowering, awq=awq)]
     patient = [_allow_nothing(p) for p in recipe.build()]
     reports: list[PassReport] = []
 
@@ -111,11 +113,11 @@ def explain(recipe: Recipe, name: str) -> list[list[Looked]]:
         UserError: the recipe has no such pass, or an earlier pass fails.
     """
     passes, lowering = recipe.build(), recipe.lowering()
-    steps = steps_for(passes, lowering)
+    program = trace_empty(recipe)
+    steps = steps_for(passes, lowering, awq=RepackAwq.needed(program))
     if name not in {p.name for p, _ in steps}:
         listed = ", ".join(p.name for p, _ in steps)
         raise UserError(f"{recipe.file}: runs no pass {name!r}; it runs {listed}")
-    program = trace_empty(recipe)
     queue = iter(steps)
     wanted = sum(p.name == name for p, _ in steps)
     found: list[list[Looked]] = []

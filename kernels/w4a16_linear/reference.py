@@ -19,7 +19,11 @@ def check_args(
 ) -> None:
     """Raise ValueError unless the arguments fit one another. Reads no values."""
     check_layout(qweight, scales, zero_points, group_size)
-    rows, channels = qweight.shape[0], qweight.shape[1] * CODES_PER_WORD
+    check_input(x, qweight.shape[1] * CODES_PER_WORD, qweight.shape[0], bias)
+
+
+def check_input(x: torch.Tensor, channels: int, rows: int, bias: torch.Tensor | None) -> None:
+    """Raise ValueError unless x is ``[..., channels]`` and the bias, if any, ``[rows]``."""
     if x.dtype not in ACTIVATION_DTYPES:
         raise ValueError(f"x must be bfloat16, float16 or float32, not {x.dtype}")
     if x.ndim < 1 or x.shape[-1] != channels:

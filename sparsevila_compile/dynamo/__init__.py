@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["BackendReport", "report"]
+__all__ = ["BackendReport", "load_awq", "report"]
 
 if TYPE_CHECKING:
+    from .loading import load_awq
     from .backend import report
     from .backend_report import BackendReport
 
@@ -21,6 +22,10 @@ def __getattr__(name: str) -> Any:
         from .backend import report
 
         return report
+    if name == "load_awq":
+        from .loading import load_awq
+
+        return load_awq
     if name == "BackendReport":
         from .backend_report import BackendReport
 

@@ -146,14 +146,15 @@ class Served:
             return hf.load_processor(where)
 
     def _let_go(self, program: Program) -> None:
-        """Empty every parameter whose values the program does not use."""
+        """Empty every parameter whose values the program does not use, and codes that it repacked."""
         used = {w.untyped_storage().data_ptr() for w in program.weights.values()}
         gone: set[int] = set()
-        for parameter in self.model.parameters():
-            at = parameter.untyped_storage().data_ptr()
+        packed = [m for linear in hf.awq_linears(self.model).values() for m in linear.buffers()]
+        for tensor in (*self.model.parameters(), *packed):
+            at = tensor.untyped_storage().data_ptr()
             if at in used:
                 continue
-            size = emptied(parameter)
+            size = emptied(tensor)
             self.report.freed_bytes += 0 if at in gone else size
             gone.add(at)
         if gone:

@@ -34,9 +34,10 @@ def record_of(tensor: torch.Tensor) -> Any:
     return getattr(tensor.untyped_storage(), _RECORD, None)
 
 
-def emptied(parameter: torch.nn.Parameter) -> int:
-    """Replace a parameter's values by one NaN of the same shape; returns the bytes that it held."""
-    held = parameter.untyped_storage().nbytes()
-    one = torch.full((1,), float("nan"), dtype=parameter.dtype, device=parameter.device)
-    parameter.data = one.expand(parameter.shape)
+def emptied(tensor: torch.Tensor) -> int:
+    """Replace a tensor's values by one NaN (integers: 0) of the same shape; returns the bytes held."""
+    held = tensor.untyped_storage().nbytes()
+    value = float("nan") if tensor.is_floating_point() else 0
+    one = torch.full((1,), value, dtype=tensor.dtype, device=tensor.device)
+    tensor.data = one.expand(tensor.shape)
     return held

@@ -7,6 +7,7 @@ from .checkpoints import (
     load_processor,
     quiet,
 )
+from .quantized import awq_format, awq_linears, parameter_count, traceable_awq
 from .runtime import GenerationTools, RopeIndex, host_vision_inputs
 from .tracing import TRACE_ATTENTION, base_model, part, traceable_attention
 
@@ -14,13 +15,17 @@ __all__ = [
     "TRACE_ATTENTION",
     "GenerationTools",
     "RopeIndex",
+    "awq_format",
+    "awq_linears",
     "base_model",
     "empty_model",
     "host_vision_inputs",
     "load_config",
     "load_model",
     "load_processor",
+    "parameter_count",
     "part",
     "quiet",
     "traceable_attention",
+    "traceable_awq",
 ]

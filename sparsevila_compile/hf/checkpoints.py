@@ -6,6 +6,7 @@ sharding and tied weights are its business; nothing is unpickled.
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,14 @@ from typing import Any
 import torch
 
 from sparsevila_compile.errors import UserError
+from sparsevila_compile.hf.quantized import (
+    awq_format,
+    local_files,
+    make_room,
+    make_room_by_rule,
+    quantizer_config,
+    read_headers,
+)
 
 
 def quiet() -> None:
@@ -75,17 +84,21 @@ def load_model(
     """
     from transformers import AutoModelForImageTextToText
 
-    _where(path)
+    config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    form = awq_format(config, f"{path}: config.json")
+    if form is not None:
+        config.quantization_config = quantizer_config(form)
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path,
+            config=config,
             dtype=dtype or "auto",
             use_safetensors=True,
             revision=revision,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except torch.cuda.OutOfMemoryError:
+    except (torch.cuda.OutOfMemoryError, UserError):
         raise
     except Exception as error:
         raise UserError(f"{path}: cannot load the weights: {explain(error)}") from error
@@ -101,14 +114,33 @@ def load_model(
     return model.to(device).eval().requires_grad_(False)
 
 
-def empty_model(config: Any, dtype: torch.dtype | None = None) -> Any:
-    """The model's structure without weights (on the meta device): enough to trace and to plan."""
+def empty_model(config: Any, dtype: torch.dtype | None = None, path: str = "") -> Any:
+    """The model's structure without weights (on the meta device): enough to trace and to plan.
+
+    Args:
+        path: the checkpoint. Which linears it has quantized, the headers of its files say; where
+            these are not on this machine, the rule by which AWQ tools choose.
+
+    Raises:
+        UserError: the checkpoint is quantized in a way that is not read, or is not whole.
+    """
     from transformers import AutoModelForImageTextToText
 
+    form = awq_format(config, f"{path}: config.json")
+    if form is not None:
+        config = copy.deepcopy(config)
+        for part in (config, config.get_text_config()):
+            part.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     if dtype is not None:
         model = model.to(dtype)
+    if form is not None:
+        files = local_files(path)
+        if files:
+            make_room(model, form, read_headers(files))
+        else:
+            make_room_by_rule(model, form)
     return model.eval().requires_grad_(False)
 
 

@@ -1,0 +1,1 @@
+"""Linears as AWQ tools store them in a checkpoint ("gemm" format), and the way to our own layout."""

@@ -1,0 +1,377 @@
+"""Models whose linears AWQ tools have quantized: the checkpoint's own, and those of other packages.
+
+transformers loads such checkpoints through GPTQModel, which most machines lack and which repacks
+weights for kernels of its own. So we give transformers a quantizer that only makes room for the
+stored tensors (:class:`AwqLinear`); names, shards, ties and everything that is not quantized stay
+its business. Which linears are quantized, the tensors say, not ``modules_to_not_convert``: that list
+is missing from checkpoints whose vision tower is in floating point.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsevila_compile.errors import UserError
+from sparsevila_compile.hf.tracing import base_model
+from sparsevila_compile.kernels.awq_linear.layout import check_layout
+from sparsevila_compile.kernels.w4a16_linear.packing import CODES_PER_WORD, GROUP_SIZES
+from sparsevila_compile.ops import AWQ_LINEAR
+
+PARTS = ("qweight", "qzeros", "scales")
+METHOD = "sparsevila_awq"
+"""The name under which transformers knows the quantizer below; checkpoints do not use it."""
+
+_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32}
+
+
+# ---------------------------------------------------------------------- what the configuration says
+
+
+@dataclass(frozen=True)
+class AwqFormat:
+    """How a checkpoint's linears are quantized: 4 bits, "gemm" layout, with zero points.
+
+    Attributes:
+        group_size: input channels that share a scale and a zero point.
+        skipped: ``modules_to_not_convert``.
+    """
+
+    group_size: int
+    skipped: tuple[str, ...]
+
+
+def awq_format(config: Any, where: str) -> AwqFormat | None:
+    """How a configuration says that its checkpoint is quantized; None where it is not.
+
+    Args:
+        where: what error messages start with.
+
+    Raises:
+        UserError: it is quantized in another way than this package takes over.
+    """
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        found = getattr(config.get_text_config(), "quantization_config", None)
+    if not found:
+        return None
+    given = dict(found if isinstance(found, Mapping) else found.to_dict())
+
+    def of(*keys: str, default: Any = None) -> Any:
+        values = [given[k] for k in keys if given.get(k) is not None]
+        return getattr(values[0], "value", values[0]) if values else default
+
+    def refused(key: str, is_: Any, change: str) -> UserError:
+        return UserError(f"{where}: quantization_config.{key} is {is_!r}; {change}")
+
+    method = of("quant_method", default="bitsandbytes" if of("load_in_4bit") else None)
+    whole = "or take the checkpoint that is not quantized"
+    if method != "awq":
+        raise refused("quant_method", method, f"of quantized checkpoints only AWQ's are read; {whole}")
+    for key in ("version", "format", "checkpoint_format"):
+        version = str(of(key, default="gemm")).lower()
+        if version != "gemm":
+            change = "only the layout 'gemm' is read; write it with version GEMM"
+            raise refused(key, version, f"{change}, {whole}")
+    if of("backend") == "llm-awq":
+        raise refused("backend", "llm-awq", f"only the layout 'gemm' is read; {whole}")
+    bits = of("bits", "w_bit", default=4)
+    if bits != 4:
+        raise refused("bits", bits, f"only 4 bits are read; {whole}")
+    size = of("group_size", "q_group_size", default=128)
+    if size not in GROUP_SIZES:
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise refused("group_size", size, f"kernels take {sizes}; {whole}")
+    if of("zero_point", default=True) is not True:
+        change = "the layout 'gemm' has zero points; write it with zero_point true"
+        raise refused("zero_point", of("zero_point"), f"{change}, {whole}")
+    return AwqFormat(int(size), tuple(of("modules_to_not_convert", default=())))
+
+
+# ---------------------------------------------------------------------- what the files hold
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint, by its file's header."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_headers(files: Iterable[str]) -> list[Stored]:
+    """Every tensor of safetensors files, without reading values.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    import safetensors
+
+    found = []
+    for file in files:
+        try:
+            with safetensors.safe_open(file, framework="pt") as held:
+                for name in held.keys():  # noqa: SIM118 (no mapping)
+                    part = held.get_slice(name)
+                    found.append(Stored(name, file, part.get_dtype(), tuple(part.get_shape())))
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{file}: damaged: {error}") from error
+    return found
+
+
+def local_files(path: str) -> list[str]:
+    """The safetensors files of a checkpoint directory that transformers would load; maybe none."""
+    folder = Path(path)
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [str(whole)]
+    if not index.is_file():
+        return []
+    try:
+        return sorted({str(folder / f) for f in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index}: damaged: {error}; download it again") from error
+
+
+# ---------------------------------------------------------------------- our linear
+
+
+class AwqLinear(torch.nn.Module):
+    """A linear in the layout of AWQ checkpoints (``kernels/awq_linear/layout.py``).
+
+    Args:
+        linear: what it takes the place of; its bias is kept.
+        scales: their dtype.
+    """
+
+    def __init__(self, linear: torch.nn.Linear, group_size: int, scales: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bits, self.group_size = 4, group_size
+        groups, words = self.in_features // group_size, self.out_features // CODES_PER_WORD
+        where = linear.weight.device
+        for name, shape, dtype in (
+            ("qweight", (self.in_features, words), torch.int32),
+            ("qzeros", (groups, words), torch.int32),
+            ("scales", (groups, self.out_features), scales),
+        ):
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=where))
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _call(self, x)
+
+
+def _call(module: Any, x: torch.Tensor) -> torch.Tensor:
+    parts = (module.qweight, module.qzeros, module.scales)
+    out: torch.Tensor = AWQ_LINEAR(x, *parts, module.bias, int(module.group_size))
+    return out
+
+
+def make_room(model: Any, form: AwqFormat, stored: list[Stored]) -> int:
+    """Replace the linears that a checkpoint has quantized by empty :class:`AwqLinear`; their number.
+
+    Args:
+        stored: the checkpoint's tensors.
+
+    Raises:
+        UserError: a part is missing, belongs to no linear, or has another shape or dtype.
+    """
+    linears = _by_linear(model, stored)
+    for path, parts in linears.items():
+        some = next(iter(parts.values()))
+        stem = some.name.rpartition(".")[0]
+        if gone := [p for p in PARTS if p not in parts]:
+            raise UserError(f"{some.file}: has {some.name}, but no {stem}.{gone[0]}; it is not whole")
+        linear = model.get_submodule(path)
+        if linear.in_features % form.group_size or linear.out_features % CODES_PER_WORD:
+            raise UserError(
+                f"{some.file}: {stem} is {linear.out_features} x {linear.in_features}, which groups "
+                f"of {form.group_size} and words of {CODES_PER_WORD} codes do not divide"
+            )
+        scales = _TYPES.get(parts["scales"].dtype, torch.float16)
+        room = AwqLinear(linear, form.group_size, scales)
+        for part, held in parts.items():
+            wanted = getattr(room, part)
+            if held.shape != tuple(wanted.shape) or _TYPES.get(held.dtype) != wanted.dtype:
+                raise UserError(
+                    f"{held.file}: {held.name} is {held.dtype} {list(held.shape)}, not "
+                    f"{str(wanted.dtype).removeprefix('torch.')} {list(wanted.shape)} as AWQ's layout "
+                    f"'gemm' and group_size {form.group_size} ask for"
+                )
+        model.set_submodule(path, room)
+    return len(linears)
+
+
+def _by_linear(model: Any, stored: list[Stored]) -> dict[str, dict[str, Stored]]:
+    """The parts of quantized linears by the linear's path in the model, in the model's order."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    state = model.state_dict()
+    paths = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear]
+    found: dict[str, dict[str, Stored]] = {path: {} for path in paths}
+    names = {s.name for s in stored}
+    for held in stored:
+        stem, _, part = held.name.rpartition(".")
+        if part not in PARTS:
+            continue
+        weight = f"{stem}.weight"
+        # transformers' renames know the names of models that are not quantized.
+        path = rename_source_key(weight, renamings, converters, model.base_model_prefix, state)[0]
+        path = (path if path in state else weight).removesuffix(".weight")
+        if path not in found:
+            raise UserError(
+                f"{held.file}: {held.name} belongs to no linear of {type(model).__name__}"
+            )
+        if weight in names:
+            raise UserError(f"{held.file}: has both {held.name} and {weight}; one of them is left over")
+        found[path][part] = held
+    return {path: parts for path, parts in found.items() if parts}
+
+
+def make_room_by_rule(model: Any, form: AwqFormat) -> int:
+    """The same where no tensors are at hand: as AWQ tools choose, all linears of decoder layers.
+
+    Scales are taken for float16, as AutoAWQ writes them.
+    """
+    layers = base_model(model).language_model.layers
+    inside = {id(m) for m in layers.modules() if type(m) is torch.nn.Linear}
+    chosen = [
+        (name, module)
+        for name, module in model.named_modules()
+        if id(module) in inside and not any(part in name for part in form.skipped)
+    ]
+    for name, linear in chosen:
+        model.set_submodule(name, AwqLinear(linear, form.group_size, torch.float16))
+    return len(chosen)
+
+
+def quantizer_config(form: AwqFormat) -> dict[str, Any]:
+    """The ``quantization_config`` by which transformers takes our quantizer."""
+    _register()
+    return {"quant_method": METHOD, "group_size": form.group_size}
+
+
+def _register() -> None:
+    """Tell transformers of our quantizer, once a process."""
+    from transformers.quantizers import (
+        AutoHfQuantizer,
+        HfQuantizer,
+        register_quantization_config,
+        register_quantizer,
+    )
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    if AutoHfQuantizer.supports_quant_method({"quant_method": METHOD}):
+        return
+
+    @register_quantization_config(METHOD)
+    class Config(QuantizationConfigMixin):  # type: ignore[misc]
+        def __init__(self, group_size: int, quant_method: str = METHOD) -> None:
+            self.quant_method, self.group_size = quant_method, group_size
+
+    @register_quantizer(METHOD)
+    class Quantizer(HfQuantizer):  # type: ignore[misc]
+        def _process_model_before_weight_loading(
+            self, model: Any, checkpoint_files: list[str], **more: Any
+        ) -> None:
+            form = AwqFormat(self.quantization_config.group_size, ())
+            if not make_room(model, form, read_headers(checkpoint_files)):
+                raise UserError(
+                    f"{checkpoint_files[0]}: holds no qweight, though config.json says that the "
+                    "checkpoint is quantized; remove quantization_config from it if it is not"
+                )
+
+        def _process_model_after_weight_loading(self, model: Any, **more: Any) -> None:
+            self.remove_quantization_config(model)  # what follows is ours, not transformers'
+
+        def is_serializable(self) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+
+# ---------------------------------------------------------------------- models in memory
+
+
+def awq_linears(model: Any) -> dict[str, torch.nn.Module]:
+    """The modules of a model that hold 4-bit codes in the layout of AWQ checkpoints, by path.
+
+    Those of AutoAWQ and GPTQModel are told by their tensors, which other layouts do not fit.
+
+    Raises:
+        UserError: the model is quantized in another way, or its modules hold another layout.
+    """
+    form = awq_format(model.config, "the model")
+    found = {n: m for n, m in model.named_modules() if hasattr(m, "qweight")}
+    if form is not None and not found:
+        raise UserError(
+            "the model: its quantization_config says AWQ, but no module of it holds a qweight"
+        )
+    for name, module in found.items():
+        _check_module(name, module)
+    return found
+
+
+def _check_module(name: str, module: Any) -> None:
+    kind = f"{name} ({type(module).__name__})"
+    bits = getattr(module, "bits", getattr(module, "w_bit", None))
+    tensors = [getattr(module, part, None) for part in PARTS]
+    if bits != 4 or not all(isinstance(t, torch.Tensor) for t in tensors):
+        raise UserError(f"{kind}: is no linear in AWQ's 4 bits with {', '.join(PARTS)}")
+    try:
+        size = int(module.group_size)
+        check_layout(*tensors, size)
+        if tensors[2].shape[1] != module.out_features or tensors[0].shape[0] != module.in_features:
+            raise ValueError(f"it maps {module.in_features} to {module.out_features} features")
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{kind}: {error}; kernels with a layout of their own cannot be taken over: load the model "
+            "with quantization_config=AwqConfig(backend='torch_awq'), or by "
+            "sparsevila_compile.dynamo.load_awq"
+        ) from error
+
+
+@contextlib.contextmanager
+def traceable_awq(model: Any) -> Iterator[None]:
+    """Within this context every quantized linear of the model is one ``sparsevila::awq_linear`` call.
+
+    Raises:
+        UserError: see :func:`awq_linears`.
+    """
+    others = [m for m in awq_linears(model).values() if not isinstance(m, AwqLinear)]
+    for module in others:
+        module.__dict__["forward"] = _forward_of(module)
+    try:
+        yield
+    finally:
+        for module in others:
+            del module.__dict__["forward"]
+
+
+def _forward_of(module: torch.nn.Module) -> Any:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return _call(module, x)
+
+    return forward
+
+
+def parameter_count(model: Any) -> int:
+    """Weights of a model, packed ones by what they stand for."""
+    packed = [m for m in model.modules() if isinstance(m, AwqLinear)]
+    whole = sum(p.numel() for p in model.parameters())
+    return whole + sum(m.in_features * m.out_features for m in packed)
