@@ -189,6 +189,7 @@ def trace(model: Any) -> Program:
     """
     if model.training:
         raise UserError("the model is in training mode, where dropout is random; call eval() on it")
+    hf.check_adopted(model)
     config = model.config.to_dict()
     config.pop("quantization_config", None)  # the weights say it
     family = family_of(config)
@@ -205,7 +206,7 @@ def trace(model: Any) -> Program:
         return torch.zeros(shape, dtype=some.dtype, device=some.device)
 
     two = {0: dynamic, 1: dynamic}
-    with hf.traceable_attention(model), hf.traceable_awq(model):
+    with hf.traceable_attention(model):
         embed = _component(
             "embed",
             _export(_Embed(model), (ints(2, 5),), (two,), "the embedding"),

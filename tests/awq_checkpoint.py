@@ -105,7 +105,8 @@ def reference(name: str) -> Any:
     return model
 
 
-NEW_NAMES = {"llava": "model.language_model.", "qwen": "model.language_model."}
+PUBLISHED = {"llava": "language_model.model.", "qwen": "model."}
+"""What published checkpoints call ``model.language_model.`` of transformers' models."""
 
 
 def write(
@@ -113,28 +114,49 @@ def write(
     name: str = "llava",
     *,
     config: dict[str, Any] | None = None,
+    published: bool = True,
     places: list[int] = PLACES,
-    rename: Callable[[str], str] = lambda key: key,
+    skip: Callable[[str], bool] = lambda path: False,
     change: Callable[[dict[str, torch.Tensor]], None] = lambda held: None,
 ) -> Path:
     """A checkpoint directory.
 
     Args:
-        config: other entries of ``quantization_config``.
-        rename: from the names that transformers' models have.
+        config: other entries of ``quantization_config``; ``...`` takes one out.
+        published: names as published checkpoints have them, else those of transformers' models.
+        skip: linears, by path, that are left in floating point.
         change: damage to do to the tensors.
     """
     model = reference(name)
     model.save_pretrained(folder)
     tiny_checkpoint.processor().save_pretrained(folder)
-    held = {k: v for k, v in model.state_dict().items()}
+    file = folder / "model.safetensors"
+    held = load_file(file) if published else dict(model.state_dict())
     for path, linear in packed(name).items():
+        if skip(path):
+            continue
+        if published:
+            path = path.replace("model.language_model.", PUBLISHED[name])
         del held[f"{path}.weight"]
         held |= {f"{path}.{part}": t for part, t in linear.tensors(places).items()}
-    held = {rename(k): v.contiguous() for k, v in held.items()}
     change(held)
-    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file({k: v.contiguous() for k, v in held.items()}, file, metadata={"format": "pt"})
     settings = json.loads((folder / "config.json").read_text())
-    settings["quantization_config"] = CONFIG | (config or {})
+    given = CONFIG | (config or {})
+    settings["quantization_config"] = {k: v for k, v in given.items() if v is not ...}
     (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def split(folder: Path) -> Path:
+    """The weights in two files with an index; codes and scales of a linear apart."""
+    file = folder / "model.safetensors"
+    held = load_file(file)
+    file.unlink()
+    where = {n: f"model-0000{1 + n.endswith('scales')}-of-00002.safetensors" for n in held}
+    for shard in set(where.values()):
+        part = {n: t for n, t in held.items() if where[n] == shard}
+        save_file(part, folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder

@@ -7,14 +7,17 @@ argument each input came from, it keeps in the translator and on the placeholder
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch._dynamo
 import torch.fx.experimental._config
 from torch import fx
+
+_DICT = re.compile(r"\.__dict__\['(\w+)'\]")
 
 RECOMPILE_LIMIT = 64
 """Graphs of one forward at least: with or without padding, pictures and a past, and for one row or
@@ -48,6 +51,17 @@ def compiled_module() -> torch.nn.Module | None:
     return found if isinstance(found, torch.nn.Module) else None
 
 
+def trace_anew(reason: str) -> NoReturn:
+    """Called by a backend: let Dynamo trace the frame that it is compiling again, from the start."""
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis  # backends may raise no other one
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    tx: Any = InstructionTranslator.current_tx()
+    root = getattr(tx.output, "root_tx", None) or tx
+    root.speculation_log.clear()  # it holds the path through what has changed
+    raise TensorifyScalarRestartAnalysis(restart_reason=reason)
+
+
 def running_modules() -> Iterator[torch.nn.Module]:
     """The modules in whose methods the current code runs, from the inside out.
 
@@ -79,12 +93,16 @@ def last_graph_break() -> str | None:
 
 
 def source_of(placeholder: fx.Node) -> str:
-    """Where an input comes from, as Python (``L['kwargs']['input_ids']``)."""
+    """Where an input comes from, as Python (``L['kwargs']['input_ids']``).
+
+    Modules are reached by ``._modules[…]`` always: where a package has wrapped ``nn.Module``'s
+    methods (GPTQModel does), Dynamo writes ``.__dict__['_modules'][…]``.
+    """
     source: Any = getattr(placeholder, "_dynamo_source", None)
     if source is None:
         return ""
     name = source.name  # a method up to torch 2.9, a property later
-    return str(name() if callable(name) else name)
+    return _DICT.sub(r".\1", str(name() if callable(name) else name))
 
 
 def inner_compile(name: str, graph: fx.GraphModule, inputs: list[Any]) -> Any:

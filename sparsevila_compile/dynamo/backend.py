@@ -21,6 +21,7 @@ from sparsevila_compile.dynamo.adapter import (
     prepare_dynamo,
     running_model,
     running_modules,
+    trace_anew,
 )
 from sparsevila_compile.dynamo.backend_report import BackendReport
 from sparsevila_compile.dynamo.capture import Forward, NotAForward, recognise
@@ -83,6 +84,8 @@ def _compile(gm: fx.GraphModule, inputs: list[Any], settings: Settings) -> Call:
         other: Call = inner_compile(settings.inner, gm, inputs)
         return other
     served = _serve(module, settings)
+    if served.adopt():
+        trace_anew("AWQ linears of another package are traced as ours")
     served.report.graphs += 1
     if served.dense:
         return _plain(settings, gm, inputs)
@@ -149,6 +152,8 @@ def _hidden(served: Served, error: NotAForward, gm: fx.GraphModule, inputs: list
         return _refusal(f"backend sparsevila: {why}; {error.change}")
     served.every_pass(why, error.change)
     served.dense = True  # for good: a cache that this forward fills is of no use to the engine
+    if served.give_back():
+        trace_anew("AWQ linears are those of the package that loaded them")
     return _plain(served.settings, gm, inputs)
 
 
@@ -177,6 +182,7 @@ def _call(settings: Settings, forward: Forward, rest: Call | None, stock: fx.Gra
             except UserError as error:
                 served.every_pass(str(error), "compile another model, or none")
                 served.dense = True
+                served.give_back()
         if served.dense:
             return tuple(stock(*args))
         with torch.no_grad():

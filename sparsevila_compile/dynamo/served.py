@@ -61,6 +61,7 @@ class Served:
         self._lock = threading.Lock()
         self._engine: Engine | None = None
         self._reader: PromptReader | None = None
+        self._others: dict[str, torch.nn.Module] | None = None
         for owner in (model, hf.base_model(model)):
             owner.__dict__[_MODEL] = self
 
@@ -76,6 +77,30 @@ class Served:
         """Note that none of the recipe's passes is applied."""
         for item in self.settings.recipe.passes:
             self.report.missed(item.name, why, change, self.settings.strict)
+
+    # ------------------------------------------------------------------ other packages' linears
+
+    def adopt(self) -> bool:
+        """Take over AWQ linears of another package, once; whether there are any.
+
+        Their own forward may break the graph, or pack its tensors anew at the first call.
+        """
+        if self._others is not None or self.dense:
+            return False
+        try:
+            self._others = hf.adopt_awq(self.model)
+        except UserError as error:
+            self.every_pass(str(error), "then compile it")
+            self.dense = True
+            return False
+        return bool(self._others)
+
+    def give_back(self) -> bool:
+        """Put those linears back, where the model stays as it was; whether there were any."""
+        others, self._others = self._others or {}, {}
+        for name, module in others.items():
+            self.model.set_submodule(name, module)
+        return bool(others)
 
     # ------------------------------------------------------------------ compile
 
@@ -157,6 +182,7 @@ class Served:
             size = emptied(tensor)
             self.report.freed_bytes += 0 if at in gone else size
             gone.add(at)
+        self._others = {}
         if gone:
             gc.collect()  # graph modules are reference cycles that hold replaced weights
 

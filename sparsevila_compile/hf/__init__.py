@@ -7,7 +7,7 @@ from .checkpoints import (
     load_processor,
     quiet,
 )
-from .quantized import awq_format, awq_linears, parameter_count, traceable_awq
+from .quantized import adopt_awq, awq_format, awq_linears, check_adopted, parameter_count
 from .runtime import GenerationTools, RopeIndex, host_vision_inputs
 from .tracing import TRACE_ATTENTION, base_model, part, traceable_attention
 
@@ -15,9 +15,11 @@ __all__ = [
     "TRACE_ATTENTION",
     "GenerationTools",
     "RopeIndex",
+    "adopt_awq",
     "awq_format",
     "awq_linears",
     "base_model",
+    "check_adopted",
     "empty_model",
     "host_vision_inputs",
     "load_config",
@@ -27,5 +29,4 @@ __all__ = [
     "part",
     "quiet",
     "traceable_attention",
-    "traceable_awq",
 ]

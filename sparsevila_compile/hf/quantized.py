@@ -9,9 +9,8 @@ is missing from checkpoints whose vision tower is in floating point.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,35 +144,53 @@ def local_files(path: str) -> list[str]:
 
 
 class AwqLinear(torch.nn.Module):
-    """A linear in the layout of AWQ checkpoints (``kernels/awq_linear/layout.py``).
+    """A linear in the layout of AWQ checkpoints, by the reference of its op.
 
     Args:
-        linear: what it takes the place of; its bias is kept.
-        scales: their dtype.
+        qweight, qzeros, scales: see ``kernels/awq_linear/layout.py``.
+        bias: ``[N]`` or None.
     """
 
-    def __init__(self, linear: torch.nn.Linear, group_size: int, scales: torch.dtype) -> None:
+    def __init__(
+        self,
+        qweight: torch.Tensor,
+        qzeros: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        group_size: int,
+    ) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features, self.out_features = qweight.shape[0], scales.shape[1]
         self.bits, self.group_size = 4, group_size
-        groups, words = self.in_features // group_size, self.out_features // CODES_PER_WORD
-        where = linear.weight.device
-        for name, shape, dtype in (
-            ("qweight", (self.in_features, words), torch.int32),
-            ("qzeros", (groups, words), torch.int32),
-            ("scales", (groups, self.out_features), scales),
-        ):
-            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=where))
-        self.bias = linear.bias
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("qzeros", qzeros)
+        self.register_buffer("scales", scales)
+        if isinstance(bias, torch.nn.Parameter):
+            self.bias = bias
+        else:
+            self.register_buffer("bias", bias)
+
+    @classmethod
+    def empty(cls, linear: torch.nn.Linear, group_size: int, scales: torch.dtype) -> AwqLinear:
+        """Room for a quantized linear in the place of one that is not; ``scales``: their dtype."""
+        inputs, outputs = linear.in_features, linear.out_features
+        groups, words = inputs // group_size, outputs // CODES_PER_WORD
+
+        def room(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty((rows, columns), dtype=dtype, device=linear.weight.device)
+
+        return cls(
+            room(inputs, words, torch.int32),
+            room(groups, words, torch.int32),
+            room(groups, outputs, scales),
+            linear.bias,
+            group_size,
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _call(self, x)
-
-
-def _call(module: Any, x: torch.Tensor) -> torch.Tensor:
-    parts = (module.qweight, module.qzeros, module.scales)
-    out: torch.Tensor = AWQ_LINEAR(x, *parts, module.bias, int(module.group_size))
-    return out
+        parts = (self.qweight, self.qzeros, self.scales)
+        out: torch.Tensor = AWQ_LINEAR(x, *parts, self.bias, self.group_size)
+        return out
 
 
 def make_room(model: Any, form: AwqFormat, stored: list[Stored]) -> int:
@@ -197,8 +214,9 @@ def make_room(model: Any, form: AwqFormat, stored: list[Stored]) -> int:
                 f"{some.file}: {stem} is {linear.out_features} x {linear.in_features}, which groups "
                 f"of {form.group_size} and words of {CODES_PER_WORD} codes do not divide"
             )
-        scales = _TYPES.get(parts["scales"].dtype, torch.float16)
-        room = AwqLinear(linear, form.group_size, scales)
+        scales = _TYPES.get(parts["scales"].dtype, torch.int32)
+        floats = scales if scales.is_floating_point else torch.float16
+        room = AwqLinear.empty(linear, form.group_size, floats)
         for part, held in parts.items():
             wanted = getattr(room, part)
             if held.shape != tuple(wanted.shape) or _TYPES.get(held.dtype) != wanted.dtype:
@@ -254,7 +272,7 @@ def make_room_by_rule(model: Any, form: AwqFormat) -> int:
         if id(module) in inside and not any(part in name for part in form.skipped)
     ]
     for name, linear in chosen:
-        model.set_submodule(name, AwqLinear(linear, form.group_size, torch.float16))
+        model.set_submodule(name, AwqLinear.empty(linear, form.group_size, torch.float16))
     return len(chosen)
 
 
@@ -333,41 +351,42 @@ def _check_module(name: str, module: Any) -> None:
     tensors = [getattr(module, part, None) for part in PARTS]
     if bits != 4 or not all(isinstance(t, torch.Tensor) for t in tensors):
         raise UserError(f"{kind}: is no linear in AWQ's 4 bits with {', '.join(PARTS)}")
+    if getattr(module, "adapter", None) is not None:
+        raise UserError(f"{kind}: has an adapter, which is not taken over; load the model without")
     try:
-        size = int(module.group_size)
-        check_layout(*tensors, size)
-        if tensors[2].shape[1] != module.out_features or tensors[0].shape[0] != module.in_features:
+        check_layout(*tensors, int(module.group_size))  # type: ignore[arg-type]
+        if tensors[2].shape[1] != module.out_features or tensors[0].shape[0] != module.in_features:  # type: ignore[union-attr]
             raise ValueError(f"it maps {module.in_features} to {module.out_features} features")
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(
-            f"{kind}: {error}; kernels with a layout of their own cannot be taken over: load the model "
-            "with quantization_config=AwqConfig(backend='torch_awq'), or by "
+            f"{kind}: {error}; kernels with a layout of their own cannot be taken over: load the "
+            "model with quantization_config=AwqConfig(backend='torch_awq'), or by "
             "sparsevila_compile.dynamo.load_awq"
         ) from error
 
 
-@contextlib.contextmanager
-def traceable_awq(model: Any) -> Iterator[None]:
-    """Within this context every quantized linear of the model is one ``sparsevila::awq_linear`` call.
+def adopt_awq(model: Any) -> dict[str, torch.nn.Module]:
+    """Put our linears over the same tensors in the place of other packages'.
+
+    Returns:
+        What was replaced, by path.
 
     Raises:
-        UserError: see :func:`awq_linears`.
+        UserError: see :func:`awq_linears`; nothing is replaced then.
     """
-    others = [m for m in awq_linears(model).values() if not isinstance(m, AwqLinear)]
-    for module in others:
-        module.__dict__["forward"] = _forward_of(module)
-    try:
-        yield
-    finally:
-        for module in others:
-            del module.__dict__["forward"]
+    others = {n: m for n, m in awq_linears(model).items() if not isinstance(m, AwqLinear)}
+    for name, module in others.items():
+        parts = (getattr(module, part) for part in PARTS)
+        bias, size = getattr(module, "bias", None), int(module.group_size)  # type: ignore[arg-type]
+        model.set_submodule(name, AwqLinear(*parts, bias, size).eval())
+    return others
 
 
-def _forward_of(module: torch.nn.Module) -> Any:
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return _call(module, x)
-
-    return forward
+def check_adopted(model: Any) -> None:
+    """Raise UserError where a model is quantized in a way that a trace could not see."""
+    for name, module in awq_linears(model).items():
+        if not isinstance(module, AwqLinear):
+            raise UserError(f"{name}: is a {type(module).__name__}, which cannot be traced")
 
 
 def parameter_count(model: Any) -> int:
