@@ -31,8 +31,9 @@ from tests.passes.quantizing import outputs
 from tests.tiny import Image, Video, words
 
 NEW = 24
-BOUND = 2e-6
-"""Of logits, relative to the largest: both sides sum in float32, in another order."""
+BOUND = 1e-5
+"""Of logits, relative to the largest. Both sides sum in float32, in another order: compiled from
+dense weights the tiny Qwen is off by 2.2e-6, and with scales in bfloat16 these models by 2.5e-2."""
 
 ROWS: dict[str, list[tiny.Row]] = {
     "llava": [[*words(3), Image(1), *words(8, 1)], [Image(2), Image(3), *words(5, 4)]],

@@ -35,6 +35,8 @@ prepare_dynamo()
 
 Call = Callable[..., Any]
 
+_RESET = "if this model differs from that one, call torch._dynamo.reset() and run it again"
+
 
 def sparsevila(
     gm: fx.GraphModule, example_inputs: list[Any], *, options: Any = None, mode: Any = None
@@ -84,7 +86,11 @@ def _compile(gm: fx.GraphModule, inputs: list[Any], settings: Settings) -> Call:
         other: Call = inner_compile(settings.inner, gm, inputs)
         return other
     served = _serve(module, settings)
-    if served.adopt():
+    try:
+        adopted = served.adopt()
+    except UserError as error:
+        return _refusal(str(error), served)
+    if adopted:
         trace_anew("AWQ linears of another package are traced as ours")
     served.report.graphs += 1
     if served.dense:
@@ -116,10 +122,15 @@ def _plain(settings: Settings, gm: fx.GraphModule, inputs: list[Any]) -> Call:
     inner: Call = inner_compile(settings.inner, gm, inputs)
 
     def call(*args: Any) -> Any:
-        if any(s is not None and s.settled for s in map(served_of, running_modules())):
+        running = [s for s in map(served_of, running_modules()) if s is not None]
+        if any(s.settled for s in running):
             raise UserError(
                 "a part of the forward that is no whole forward cannot run on a compiled model; load it anew"
             )
+        if not running:
+            other = Served(running_model(next(running_modules())), settings)
+            other.dense = True
+            other.every_pass("it runs as a model of its shape does that stays as it was", _RESET)
         return inner(*args)
 
     return call
@@ -150,16 +161,23 @@ def _hidden(served: Served, error: NotAForward, gm: fx.GraphModule, inputs: list
         why = f"{why} (Dynamo: {last_graph_break()})"
     if served.settled:
         return _refusal(f"backend sparsevila: {why}; {error.change}")
-    served.every_pass(why, error.change)
+    change = error.change
+    if error.broken and served.adopted:  # by the frames that were traced before they were
+        change = "load it by sparsevila_compile.dynamo.load_awq: these AWQ kernels break the graph"
+    served.every_pass(why, change)
     served.dense = True  # for good: a cache that this forward fills is of no use to the engine
     if served.give_back():
         trace_anew("AWQ linears are those of the package that loaded them")
     return _plain(served.settings, gm, inputs)
 
 
-def _refusal(message: str) -> Call:
+def _refusal(message: str, served: Served | None = None) -> Call:
+    """Code that refuses to run; ``served``: the model that is at fault, if one is."""
+
     def refuse(*args: Any) -> Any:
-        raise UserError(message)
+        if served is None or served in map(served_of, running_modules()):
+            raise UserError(message)
+        raise UserError(f"of another model of this shape: {message}; {_RESET}")
 
     return refuse
 

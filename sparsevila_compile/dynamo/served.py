@@ -93,6 +93,11 @@ class Served:
             self.every_pass(str(error), "then compile it")
             self.dense = True
             return False
+        return self.adopted
+
+    @property
+    def adopted(self) -> bool:
+        """Whether linears of another package have been taken over."""
         return bool(self._others)
 
     def give_back(self) -> bool:
