@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 __all__ = ["BackendReport", "load_awq", "report"]
 
 if TYPE_CHECKING:
-    from .loading import load_awq
     from .backend import report
     from .backend_report import BackendReport
+    from .loading import load_awq
 
 
 def __getattr__(name: str) -> Any:

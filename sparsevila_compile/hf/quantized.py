@@ -72,7 +72,9 @@ def awq_format(config: Any, where: str) -> AwqFormat | None:
     method = of("quant_method", default="bitsandbytes" if of("load_in_4bit") else None)
     whole = "or take the checkpoint that is not quantized"
     if method != "awq":
-        raise refused("quant_method", method, f"of quantized checkpoints only AWQ's are read; {whole}")
+        raise refused(
+            "quant_method", method, f"of quantized checkpoints only AWQ's are read; {whole}"
+        )
     for key in ("version", "format", "checkpoint_format"):
         version = str(of(key, default="gemm")).lower()
         if version != "gemm":
@@ -135,7 +137,9 @@ def local_files(path: str) -> list[str]:
     if not index.is_file():
         return []
     try:
-        return sorted({str(folder / f) for f in json.loads(index.read_text())["weight_map"].values()})
+        return sorted(
+            {str(folder / f) for f in json.loads(index.read_text())["weight_map"].values()}
+        )
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{index}: damaged: {error}; download it again") from error
 
@@ -207,7 +211,9 @@ def make_room(model: Any, form: AwqFormat, stored: list[Stored]) -> int:
         some = next(iter(parts.values()))
         stem = some.name.rpartition(".")[0]
         if gone := [p for p in PARTS if p not in parts]:
-            raise UserError(f"{some.file}: has {some.name}, but no {stem}.{gone[0]}; it is not whole")
+            raise UserError(
+                f"{some.file}: has {some.name}, but no {stem}.{gone[0]}; it is not whole"
+            )
         linear = model.get_submodule(path)
         if linear.in_features % form.group_size or linear.out_features % CODES_PER_WORD:
             raise UserError(
@@ -254,7 +260,9 @@ def _by_linear(model: Any, stored: list[Stored]) -> dict[str, dict[str, Stored]]
                 f"{held.file}: {held.name} belongs to no linear of {type(model).__name__}"
             )
         if weight in names:
-            raise UserError(f"{held.file}: has both {held.name} and {weight}; one of them is left over")
+            raise UserError(
+                f"{held.file}: has both {held.name} and {weight}; one of them is left over"
+            )
         found[path][part] = held
     return {path: parts for path, parts in found.items() if parts}
 

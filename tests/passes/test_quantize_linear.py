@@ -361,7 +361,7 @@ def test_refusals(tmp_path: Path) -> None:
     assert "data.jsonl:1: want" in refusal(program, plain, calibration=six)
     report, _ = rtn(program)
     assert len(report.matches) == 14
-    assert "matches nothing (1 × in ignore)" in refusal(program, plain, **rtn_options)
+    assert "the 14 language linears are in 4 bits already" in refusal(program, plain, **rtn_options)
 
 
 def test_fewer_conversations_than_the_default_stand_in_the_report(tmp_path: Path) -> None:
