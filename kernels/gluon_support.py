@@ -34,6 +34,7 @@ gl: Any = triton
 mbarrier: Any = triton
 tma: Any = triton
 warpgroup_mma: Any = triton
+warpgroup_mma_init: Any = triton
 warpgroup_mma_wait: Any = triton
 fence_async_shared: Any = triton
 _TensorDescriptor: Any = None
@@ -43,6 +44,7 @@ if HAVE_GLUON:
     _hopper = importlib.import_module("triton.experimental.gluon.language.nvidia.hopper")
     mbarrier, tma = _hopper.mbarrier, _hopper.tma
     warpgroup_mma, warpgroup_mma_wait = _hopper.warpgroup_mma, _hopper.warpgroup_mma_wait
+    warpgroup_mma_init = _hopper.warpgroup_mma_init
     fence_async_shared = _hopper.fence_async_shared
     _TensorDescriptor = importlib.import_module(
         "triton.experimental.gluon.nvidia.hopper"

@@ -6,8 +6,9 @@ rows of x                 kernel
 up to ``FEW_ROWS``        :mod:`.stream_rows` or :mod:`.direct_rows` (Hopper, group size 128), or
                           :mod:`.few_rows`: the weight read once
 up to ``MID_ROWS``        :mod:`.mid_rows`: x reordered, ``wgmma``, split channels added (Hopper)
-more                      :mod:`.many_rows` (Hopper, group size 128) where its tiles keep the GPU
-                          busy; else :mod:`.dequantize`, then the library's 16-bit product
+more                      :mod:`.many_rows` (Hopper, group size 128) where :mod:`.many_schedule`
+                          expects it to be faster; else :mod:`.dequantize`, then the library's
+                          16-bit product
 float32 x, any number     :mod:`.full_precision`
 ========================  =======================================================================
 
@@ -35,7 +36,7 @@ from .dequantize import dequantize_rows
 from .direct import direct, direct_tiles
 from .few_rows import few_rows
 from .full_precision import full_few_rows, full_many_rows
-from .many_rows import multiplies, multiply
+from .many import multiplies, multiply
 from .mid_rows import add_splits, mid_rows, reorder_x
 from .packing import GROUP_SIZES
 from .reference import ACTIVATION_DTYPES, check_args
