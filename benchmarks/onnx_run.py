@@ -57,7 +57,7 @@ class Run:
         if found is not None:
             part = self.report.setdefault(within, {}) if within else self.report
             part[key] = found
-            print(within, key, json.dumps(found, indent=1), flush=True)
+            print(" ".join([within, key]).strip(), json.dumps(found, indent=1), flush=True)
             self.write()
 
     def write(self) -> None:
