@@ -21,8 +21,8 @@ from sparsevila_compile.program import Program
 from sparsevila_compile.prompt import Picture
 from sparsevila_compile.running import GraphRunner, Runner
 
-_MIN_CHUNK = 256
-"""Tokens a row at least: fewer would read the weights too often."""
+_MIN_CHUNK = 128
+"""Tokens a row at least: with fewer, attention would read a row's keys too often."""
 
 VISION_CHUNK = 24576
 """Patches that the encoder takes at a time, where a single picture has no more: what bounds its

@@ -36,7 +36,7 @@ class GraphRunner:
     """Runs a program's own graphs on its own weights."""
 
     capturable = True
-    prefill_chunk = 4096
+    prefill_chunk = 5120
 
     def __init__(self, program: Program) -> None:
         components = program.components

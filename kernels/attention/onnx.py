@@ -103,7 +103,9 @@ def _body(
     if "cu_seqlens" in given:
         first, end = segment_bounds(b, "cu_seqlens", length)
     else:
-        first, end = b.op("Mul", key, b.constant([0])), b.op("Expand", length, length)
+        # Not Expand(length, length): one value as data and as shape makes the CUDA provider crash.
+        first = b.op("Mul", key, b.constant([0]))
+        end = b.op("Add", first, length)
     if chosen["causal"]:
         after = b.op("Add", key, b.constant([1]))
         end = b.op("Min", end, after)
