@@ -92,6 +92,16 @@ def time_events(
     return _percentiles([1e3 * before.elapsed_time(after) for before, after in pairs])
 
 
+def copy_speed() -> float:
+    """Bytes a microsecond, read and written, of a large copy by the processors.
+
+    Not ``copy_``: in a graph that goes through the copy engine, which is slower.
+    """
+    source = torch.empty(2**29, dtype=torch.int16, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 4 * source.numel() / time_graph([lambda: torch.neg(source, out=target)]).median
+
+
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
     """``|out - reference| / |reference|``; infinite where out is not finite or reference is zero."""
     wanted = reference.double()

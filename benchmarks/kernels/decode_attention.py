@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.timing import environment, relative_error, time_graph
+from benchmarks.timing import copy_speed, environment, relative_error, time_graph
 from sparsevila_compile.ops import CACHED_ATTENTION, RETRIEVAL_ATTENTION
 
 DEVICE = torch.device("cuda")
@@ -156,14 +156,6 @@ def errors(s: Setting, inputs: Inputs, out: torch.Tensor) -> tuple[float, float]
             into.append((scores.softmax(-1) @ values.to(dtype)).view(1, 1, s.heads, s.dim))
     wanted = torch.cat(exact)
     return relative_error(out, wanted), relative_error(torch.cat(eager), wanted)
-
-
-def copy_speed() -> float:
-    """Bytes a microsecond, read and written, of a large device copy."""
-    pairs = [torch.empty(2, 1 << 29, dtype=torch.int8, device=DEVICE) for _ in range(2)]
-    for pair in pairs:
-        pair.random_()
-    return 2 * (1 << 29) / time_graph([lambda p=p: p[1].copy_(p[0]) for p in pairs]).median
 
 
 def rival_calls(s: Setting, sets: list[Inputs], packed: bool) -> list[Callable[[], torch.Tensor]]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import environment, relative_error, time_graph
+from benchmarks.timing import copy_speed, environment, relative_error, time_graph
 from sparsevila_compile.ops import ADD_RMS_NORM, ROTARY, SILU_MUL
 
 DEVICE = torch.device("cuda")
@@ -88,12 +88,6 @@ def moved(s: Shape, tokens: int) -> dict[str, int]:
     }
 
 
-def copy_speed() -> float:
-    """Bytes a second, read and written, of large device copies."""
-    source, target = torch.empty(2, 2**28, dtype=torch.uint8, device=DEVICE)
-    return 2 * 2**28 / (time_graph([lambda: target.copy_(source)]).median * 1e-6)
-
-
 def launch() -> float:
     """Microseconds of the shortest kernel in a graph of dependent ones."""
     x, y = torch.zeros(1, device=DEVICE), torch.zeros(1, device=DEVICE)
@@ -125,7 +119,7 @@ def main() -> int:
     parser.add_argument("--only", default="")
     args = parser.parse_args()
     torch.manual_seed(0)
-    speed, shortest = copy_speed(), launch()
+    speed, shortest = 1e6 * copy_speed(), launch()
     print(f"copy {speed / 1e12:.2f} TB/s, launch {shortest:.2f} us; microseconds a call")
     print(
         f"{'op':13} {'shape':19} {'tokens':>6} {'ours':>8} {'model':>8} {'floor':>8} {'reached':>8}"

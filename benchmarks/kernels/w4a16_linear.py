@@ -24,7 +24,7 @@ import torch
 from torch.nn.functional import linear
 
 from benchmarks.stock.linears import GemliteLinear, Int4, TinygemmLinear, gemlite_runs
-from benchmarks.timing import environment, relative_error, time_graph
+from benchmarks.timing import copy_speed, environment, relative_error, time_graph
 from sparsevila_compile.kernels.w4a8_linear.op import OP as FP8
 from sparsevila_compile.kernels.w4a16_linear.op import OP
 from sparsevila_compile.kernels.w4a16_linear.packing import pack_int4
@@ -78,13 +78,9 @@ class Ceilings:
 
 
 def ceilings() -> Ceilings:
-    source = torch.empty(2**29, dtype=torch.int16, device=DEVICE).random_()
-    target = torch.empty_like(source)
-    # Not copy_: in a graph that is a copy by another engine, which is slower.
-    copy = 4 * source.numel() / time_graph([lambda: torch.neg(source, out=target)]).median
     n = 8192
     x, weight = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    return Ceilings(copy, 2 * n**3 / time_graph([lambda: linear(x, weight)]).median)
+    return Ceilings(copy_speed(), 2 * n**3 / time_graph([lambda: linear(x, weight)]).median)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, pad
 
-from benchmarks.timing import environment, relative_error, time_graph
+from benchmarks.timing import copy_speed, environment, relative_error, time_graph
 from sparsevila_compile.kernels.w8a8_linear.op import OP
 from sparsevila_compile.kernels.w8a8_linear.rounding import padded, quantize_rows
 
@@ -87,11 +87,7 @@ class Ceilings:
 
 
 def ceilings() -> Ceilings:
-    source = torch.empty(2**29, dtype=torch.int16, device=DEVICE).random_()
-    target = torch.empty_like(source)
-    # Not copy_: in a graph that is a copy by another engine, which is slower.
-    copy = 4 * source.numel() / time_graph([lambda: torch.neg(source, out=target)]).median
-    n = 8192
+    copy, n = copy_speed(), 8192
     x, weight = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     rate = {"bf16": 2 * n**3 / time_graph([lambda: linear(x, weight)]).median}
     for name, code in CODES.items():
