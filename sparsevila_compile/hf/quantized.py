@@ -292,12 +292,12 @@ def quantizer_config(form: AwqFormat) -> dict[str, Any]:
 
 def _register() -> None:
     """Tell transformers of our quantizer, once a process."""
-    from transformers.quantizers import (
+    from transformers.quantizers.auto import (
         AutoHfQuantizer,
-        HfQuantizer,
         register_quantization_config,
         register_quantizer,
     )
+    from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     if AutoHfQuantizer.supports_quant_method({"quant_method": METHOD}):
@@ -305,19 +305,18 @@ def _register() -> None:
 
     @register_quantization_config(METHOD)
     class Config(QuantizationConfigMixin):  # type: ignore[misc]
-        def __init__(self, group_size: int, quant_method: str = METHOD) -> None:
+        def __init__(self, group_size: int, quant_method: Any = METHOD) -> None:
             self.quant_method, self.group_size = quant_method, group_size
 
     @register_quantizer(METHOD)
     class Quantizer(HfQuantizer):  # type: ignore[misc]
-        def _process_model_before_weight_loading(
-            self, model: Any, checkpoint_files: list[str], **more: Any
-        ) -> None:
-            form = AwqFormat(self.quantization_config.group_size, ())
-            if not make_room(model, form, read_headers(checkpoint_files)):
+        def _process_model_before_weight_loading(self, model: Any, **more: Any) -> None:
+            given: Any = self.quantization_config
+            files: list[str] = more["checkpoint_files"]
+            if not make_room(model, AwqFormat(given.group_size, ()), read_headers(files)):
                 raise UserError(
-                    f"{checkpoint_files[0]}: holds no qweight, though config.json says that the "
-                    "checkpoint is quantized; remove quantization_config from it if it is not"
+                    f"{files[0]}: holds no qweight, though config.json says that the checkpoint is "
+                    "quantized; remove quantization_config from it if it is not"
                 )
 
         def _process_model_after_weight_loading(self, model: Any, **more: Any) -> None:
@@ -356,14 +355,15 @@ def awq_linears(model: Any) -> dict[str, torch.nn.Module]:
 def _check_module(name: str, module: Any) -> None:
     kind = f"{name} ({type(module).__name__})"
     bits = getattr(module, "bits", getattr(module, "w_bit", None))
-    tensors = [getattr(module, part, None) for part in PARTS]
+    qweight, qzeros, scales = tensors = [getattr(module, part, None) for part in PARTS]
     if bits != 4 or not all(isinstance(t, torch.Tensor) for t in tensors):
         raise UserError(f"{kind}: is no linear in AWQ's 4 bits with {', '.join(PARTS)}")
     if getattr(module, "adapter", None) is not None:
         raise UserError(f"{kind}: has an adapter, which is not taken over; load the model without")
     try:
-        check_layout(*tensors, int(module.group_size))  # type: ignore[arg-type]
-        if tensors[2].shape[1] != module.out_features or tensors[0].shape[0] != module.in_features:  # type: ignore[union-attr]
+        check_layout(qweight, qzeros, scales, int(module.group_size))  # type: ignore[arg-type]
+        held = (qweight.shape[0], scales.shape[1])  # type: ignore[union-attr]
+        if held != (module.in_features, module.out_features):
             raise ValueError(f"it maps {module.in_features} to {module.out_features} features")
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(
@@ -384,9 +384,10 @@ def adopt_awq(model: Any) -> dict[str, torch.nn.Module]:
     """
     others = {n: m for n, m in awq_linears(model).items() if not isinstance(m, AwqLinear)}
     for name, module in others.items():
-        parts = (getattr(module, part) for part in PARTS)
-        bias, size = getattr(module, "bias", None), int(module.group_size)  # type: ignore[arg-type]
-        model.set_submodule(name, AwqLinear(*parts, bias, size).eval())
+        old: Any = module
+        bias = getattr(old, "bias", None)
+        ours = AwqLinear(old.qweight, old.qzeros, old.scales, bias, int(old.group_size))
+        model.set_submodule(name, ours.eval())
     return others
 
 
@@ -400,5 +401,5 @@ def check_adopted(model: Any) -> None:
 def parameter_count(model: Any) -> int:
     """Weights of a model, packed ones by what they stand for."""
     packed = [m for m in model.modules() if isinstance(m, AwqLinear)]
-    whole = sum(p.numel() for p in model.parameters())
+    whole: int = sum(p.numel() for p in model.parameters())
     return whole + sum(m.in_features * m.out_features for m in packed)
