@@ -9,7 +9,7 @@ import torch
 from ..dependent_launch import launch_options
 from ..triton_support import cdiv, next_power_of_2
 from .direct_rows import direct_rows
-from .mid_rows import add_splits
+from .mid_rows import sum_splits
 from .stream import WIDE
 from .stream_rows import layouts
 
@@ -86,7 +86,7 @@ def direct(
     rows, share = x.shape[0], tiles.share(groups)
     splits = cdiv(groups, share)
     columns = tiles.warps * 8 // tiles.tokens
-    parts, early = out, launch_options(x.device)
+    parts = out
     if splits > 1:
         parts = torch.empty((splits, rows, outputs), dtype=torch.float32, device=x.device)
     held = layouts(tiles.tokens, tiles.eights, tiles.warps)
@@ -113,18 +113,7 @@ def direct(
         SCALES=held["SCALES"],
         TOKENS=held["TOKENS"],
         num_warps=tiles.warps,
-        **early,
+        **launch_options(x.device),
     )
     if splits > 1:
-        add_splits[(cdiv(rows * outputs, 512),)](
-            parts,
-            out if bias is None else bias,
-            out,
-            rows * outputs,
-            outputs,
-            HAS_BIAS=bias is not None,
-            SPLITS=splits,
-            BLOCK=512,
-            num_warps=4,
-            **early,
-        )
+        sum_splits(parts, bias, out)

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-from ..triton_support import HAVE_TRITON, dot, interpreting, tl, triton
+import torch
+
+from ..dependent_launch import launch_options
+from ..triton_support import HAVE_TRITON, cdiv, dot, interpreting, tl, triton
 from .codes import _LANES_FIRST, along, unpack
 
 if HAVE_TRITON and not interpreting():
@@ -152,3 +155,20 @@ def add_splits(
     if HAS_BIAS:
         result += tl.load(bias + i % N, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + i, result.to(out.dtype.element_ty), mask=inside)
+
+
+def sum_splits(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Launch :func:`add_splits`: ``parts`` float32 [splits, M, N], and ``bias`` [N], to ``out`` [M, N]."""
+    splits, rows, outputs = parts.shape
+    add_splits[(cdiv(rows * outputs, 512),)](
+        parts,
+        out if bias is None else bias,
+        out,
+        rows * outputs,
+        outputs,
+        HAS_BIAS=bias is not None,
+        SPLITS=splits,
+        BLOCK=512,
+        num_warps=4,
+        **launch_options(parts.device),
+    )

@@ -247,7 +247,9 @@ def stream_rows(
         acc += product * gl.expand_dims(scale, 2)
         step += 1
         if step == STEPS:
-            store_tile(acc, meant, bias, out, first + gl.minimum(row, last), M, N, HAS_BIAS, A, R, W)
+            store_tile(
+                acc, meant, bias, out, first + gl.minimum(row, last), M, N, HAS_BIAS, A, R, W
+            )
             acc = gl.zeros((W, 8 * R, 8), gl.float32, PRODUCT)
             step = 0
             row += ROWS

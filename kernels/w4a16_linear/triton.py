@@ -37,7 +37,7 @@ from .direct import direct, direct_tiles
 from .few_rows import few_rows
 from .full_precision import full_few_rows, full_many_rows
 from .many import multiplies, multiply
-from .mid_rows import add_splits, mid_rows, reorder_x
+from .mid_rows import mid_rows, reorder_x, sum_splits
 from .packing import GROUP_SIZES
 from .reference import ACTIVATION_DTYPES, check_args
 from .stream import stream, stream_tiles, streams
@@ -255,19 +255,7 @@ def _mid(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.
         **_early(early),
     )
     if tiles.splits > 1:
-        add_splits[(cdiv(rows * outputs, 512),)](
-            parts,
-            out if bias is None else bias,
-            out,
-            rows * outputs,
-            outputs,
-            HAS_BIAS=bias is not None,
-            EARLY=early,
-            SPLITS=tiles.splits,
-            BLOCK=512,
-            num_warps=4,
-            **_early(early),
-        )
+        sum_splits(parts, bias, out)
 
 
 def _many(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor) -> None:

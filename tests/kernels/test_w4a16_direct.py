@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from sparsevila_compile.kernels.gluon_support import HAVE_GLUON
-from sparsevila_compile.kernels.w4a16_linear import triton as implementation
 from sparsevila_compile.kernels.w4a16_linear.direct import STEPS, direct_tiles
 from sparsevila_compile.kernels.w4a16_linear.op import OP
 from sparsevila_compile.kernels.w4a16_linear.stream import WIDE, stream_tiles
 from sparsevila_compile.kernels.w4a16_linear.triton import FEW_ROWS
 from tests.kernels.compare import assert_catches_broken, bound_from
-from tests.kernels.w4a16_cases import assert_sums_right, make_case
+from tests.kernels.w4a16_cases import assert_sums_right, at_odd_addresses, make_case, watched
 
 COMPILE = """
 import triton
@@ -111,15 +110,7 @@ def test_large_linears_take_this_kernel_or_the_streaming_one(rows: int, groups: 
 @pytest.fixture
 def straight(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of each call that the kernel took."""
-    calls: list[int] = []
-    real = implementation.direct
-
-    def spy(x: torch.Tensor, *args: object) -> None:
-        calls.append(x.shape[0])
-        real(x, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(implementation, "direct", spy)
-    return calls
+    return watched(monkeypatch, "direct")
 
 
 @pytest.mark.gpu
@@ -160,19 +151,7 @@ def test_triton_direct_from_odd_addresses(
 ) -> None:
     """Stored tensors that begin anywhere, and rows of x further apart than they are long."""
     case = make_case((rows, 3584), 600, 128, torch.bfloat16, device=device)
-
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
-        longer = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=device)
-        return longer[1:].view(tensor.shape).copy_(tensor)
-
-    wide = torch.randn(rows, 3587, device=device).bfloat16()
-    odd = replace(
-        case,
-        x=wide[:, 3:],
-        qweight=moved(case.qweight),
-        scales=moved(case.scales),
-        zero_points=moved(case.zero_points),
-    )
+    odd = at_odd_addresses(case)
     assert_sums_right(OP.overload(*odd.args, impl="triton"), odd)
     assert straight == [rows]
 

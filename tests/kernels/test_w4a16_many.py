@@ -11,7 +11,6 @@ import torch
 
 from sparsevila_compile.kernels.gluon_support import HAVE_GLUON
 from sparsevila_compile.kernels.w4a16_linear import many, many_schedule
-from sparsevila_compile.kernels.w4a16_linear import triton as implementation
 from sparsevila_compile.kernels.w4a16_linear.many import multiplies
 from sparsevila_compile.kernels.w4a16_linear.many_schedule import (
     item,
@@ -25,7 +24,7 @@ from sparsevila_compile.kernels.w4a16_linear.many_schedule import (
 from sparsevila_compile.kernels.w4a16_linear.op import OP
 from sparsevila_compile.kernels.w4a16_linear.triton import MID_ROWS
 from tests.kernels.compare import assert_catches_broken, bound_from
-from tests.kernels.w4a16_cases import assert_sums_right, make_case
+from tests.kernels.w4a16_cases import assert_sums_right, make_case, watched
 
 COMPILE = """
 import re, subprocess, tempfile, torch, triton
@@ -243,14 +242,7 @@ def test_triton_many_rows_in_one_kernel(
     case = make_case(
         (rows, 128 * groups), outputs, 128, dtype, bias=groups != 2, device=device, seed=rows
     )
-    calls = []
-    real = implementation.multiply
-
-    def spy(x: torch.Tensor, *args: object) -> None:
-        calls.append(x.shape[0])
-        real(x, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(implementation, "multiply", spy)
+    calls = watched(monkeypatch, "multiply")
     monkeypatch.setattr(many, "written_out", lambda *sizes: float("inf"))
     monkeypatch.setattr(many_schedule, "SHARING", sharing)
     monkeypatch.setattr(many_schedule, "_SHARING", -1e12)  # wherever it can

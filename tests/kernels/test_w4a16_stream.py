@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from sparsevila_compile.kernels.gluon_support import HAVE_GLUON
-from sparsevila_compile.kernels.w4a16_linear import triton as implementation
 from sparsevila_compile.kernels.w4a16_linear.op import OP
 from sparsevila_compile.kernels.w4a16_linear.stream import WIDE, stream_tiles, streams
 from sparsevila_compile.kernels.w4a16_linear.triton import FEW_ROWS
 from tests.kernels.compare import assert_catches_broken, bound_from
-from tests.kernels.w4a16_cases import assert_sums_right, make_case
+from tests.kernels.w4a16_cases import assert_sums_right, at_odd_addresses, make_case, watched
 
 COMPILE = """
 import triton
@@ -101,15 +100,7 @@ def test_not_without_hopper() -> None:
 @pytest.fixture
 def streamed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of each call that the kernel took."""
-    calls: list[int] = []
-    real = implementation.stream
-
-    def spy(x: torch.Tensor, *args: object) -> None:
-        calls.append(x.shape[0])
-        real(x, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(implementation, "stream", spy)
-    return calls
+    return watched(monkeypatch, "stream")
 
 
 @pytest.mark.gpu
@@ -149,19 +140,7 @@ def test_triton_streams_from_odd_addresses(
 ) -> None:
     """Stored tensors that begin anywhere, and rows of x further apart than they are long."""
     case = make_case((rows, 2048), WIDE, 128, torch.bfloat16, device=device)
-
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
-        longer = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=device)
-        return longer[1:].view(tensor.shape).copy_(tensor)
-
-    wide = torch.randn(rows, 2051, device=device).bfloat16()
-    odd = replace(
-        case,
-        x=wide[:, 3:],
-        qweight=moved(case.qweight),
-        scales=moved(case.scales),
-        zero_points=moved(case.zero_points),
-    )
+    odd = at_odd_addresses(case)
     assert_sums_right(OP.overload(*odd.args, impl="triton"), odd)
     assert streamed == [rows]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 
+from sparsevila_compile.kernels.w4a16_linear import triton as implementation
 from sparsevila_compile.kernels.w4a16_linear.packing import pack_int4
 from sparsevila_compile.kernels.w4a16_linear.triton import MID_ROWS
 
@@ -72,6 +74,38 @@ def make_case(
         bias=torch.randn(outputs, **on).to(dtype) if bias else None,
         group_size=group_size,
         weight=centered * scales.double().repeat_interleave(group_size, 1),
+    )
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, launch: str) -> list[int]:
+    """The rows of each call of the implementation's ``launch``, which goes on as before."""
+    calls: list[int] = []
+    real = getattr(implementation, launch)
+
+    def spy(x: torch.Tensor, *args: object) -> None:
+        calls.append(x.shape[0])
+        real(x, *args)
+
+    monkeypatch.setattr(implementation, launch, spy)
+    return calls
+
+
+def at_odd_addresses(case: Case) -> Case:
+    """The case with stored tensors that begin anywhere, and rows of another x that lie further apart
+    than they are long."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        longer = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+        return longer[1:].view(tensor.shape).copy_(tensor)
+
+    rows, channels = case.x.shape
+    wide = torch.randn(rows, channels + 3, device=case.x.device).to(case.x.dtype)
+    return replace(
+        case,
+        x=wide[:, 3:],
+        qweight=moved(case.qweight),
+        scales=moved(case.scales),
+        zero_points=moved(case.zero_points),
     )
 
 
