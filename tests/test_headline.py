@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import headline, ours
+from benchmarks import decode_step, headline, ours
 from benchmarks.headline_types import SHAPES, Measured, ModelShape, qwen_setting
 from benchmarks.stock import pipeline
 from benchmarks.stock.transformers_generate import prompt
@@ -67,3 +67,21 @@ def test_table_says_what_is_gained_over_the_stock_pipeline() -> None:
     line = next(x for x in text.splitlines() if "ours" in x)
     assert "2.50x   4.00x   2.00x" in line
     assert "2.0" in line
+
+
+def test_what_each_kernel_of_a_step_adds() -> None:
+    """Kernels overlap; what one adds is the time since the end of the one before it."""
+    ended = [("embed", 1.0)]
+    for _ in range(2):  # steps of three layers and a head
+        for _ in range(3):
+            at = ended[-1][1]
+            ended += [("_decode_kernel", at + 5), ("down", at + 7), ("norm", at + 8)]
+        ended.append(("head", ended[-1][1] + 20))
+    kernels = [decode_step.Kernel(name, end - 6.0, end) for name, end in reversed(ended)]
+    rows = decode_step.by_place(kernels, layers=3)
+    assert [(r["place"], r["kernel"], r["us"]) for r in rows] == [
+        (0, "_decode_kernel", 5.0),
+        (1, "down", 2.0),
+        (2, "norm", 1.0),
+    ]
+    assert {r["seen"] for r in rows} == {4}, "the last layer of each step is left out"
