@@ -10,20 +10,11 @@ from ..dependent_launch import launch_options
 from ..triton_support import cdiv, next_power_of_2
 from .direct_rows import direct_rows
 from .mid_rows import sum_splits
-from .stream import WIDE
+from .stream import LONG, WIDE
 from .stream_rows import layouts
 
 STEPS = 16
 """Steps of a program at most: they are laid out one after the other."""
-
-WIDE_GROUPS = 32
-"""Groups up to which wide weights are taken; from there on :mod:`.stream_rows` is faster."""
-
-LONG = 64
-"""Groups from which on a row of the weight is shared out among programs at any number of rows."""
-
-FEWEST = 24
-"""Groups from which on it pays to share out the rows of a weight that is neither wide nor long."""
 
 
 class DirectTiles(NamedTuple):
@@ -51,24 +42,15 @@ class DirectTiles(NamedTuple):
 def direct_tiles(rows: int, outputs: int, groups: int, multiprocessors: int) -> DirectTiles | None:
     """Sizes for ``rows`` tokens and a weight of ``outputs`` rows of ``groups`` groups; measured.
 
-    None where another kernel is faster, or there are too few outputs for a tile.
+    None where another kernel is faster, or there are too few outputs for a tile. Shorter rows of the
+    weight are faster here too one linear at a time, but a decode step of long caches that took all of
+    its linears so was slower: :mod:`.few_rows` and :mod:`.stream_rows` ask for theirs earlier.
     """
     tokens = next_power_of_2(rows)
-    if tokens == 1:
+    if tokens == 1 or outputs >= WIDE or groups < LONG:
         return None
-    wide, long = outputs >= WIDE, groups >= LONG
-    if wide:
-        if tokens == 2 or groups > WIDE_GROUPS:
-            return None
-        warps = 2 if tokens == 4 or groups <= WIDE_GROUPS // 2 else 4
-        tiles = DirectTiles(tokens, 4, warps, 1, False)
-    elif long:
-        splits = 8 if tokens == 8 else cdiv(groups, 80) if tokens == 4 else cdiv(groups, 32)
-        tiles = DirectTiles(tokens, 4 if tokens == 8 else 8, 4, splits, tokens == 8)
-    elif tokens > 2 and groups < FEWEST:
-        return None
-    else:
-        tiles = DirectTiles(tokens, 4, 4, tokens // 2, True)
+    splits = {2: cdiv(groups, 32), 4: cdiv(groups, 80), 8: 8}[tokens]
+    tiles = DirectTiles(tokens, 4 if tokens == 8 else 8, 4, splits, tokens == 8)
     return tiles if tiles.outputs <= outputs and tiles.steps(groups) <= STEPS else None
 
 

@@ -14,6 +14,9 @@ from .stream_rows import GROUP, layouts, stream_rows
 WIDE = 16384
 """Outputs from which on more than one row of x is worth it."""
 
+LONG = 64
+"""Groups from which on a row of the weight is too long for two rows of x."""
+
 WARPS = 36
 """Warps of all programs for each processor, about half of which run at a time, for one row of x."""
 
@@ -46,6 +49,8 @@ def stream_tiles(rows: int, outputs: int, groups: int, multiprocessors: int) -> 
         eights, warps = 8, 4 if 32 * cdiv(groups, 32) <= 1.2 * groups else 2
     elif outputs >= WIDE:
         eights, warps = {2: (8, 2), 4: (4, 2), 8: (4, 4)}[tokens]
+    elif tokens == 2 and groups < LONG:
+        eights, warps = 4, 4
     else:
         return None
     tile = eights * tokens

@@ -12,7 +12,7 @@ import torch
 
 from sparsevila_compile.kernels.gluon_support import HAVE_GLUON
 from sparsevila_compile.kernels.w4a16_linear.op import OP
-from sparsevila_compile.kernels.w4a16_linear.stream import WIDE, stream_tiles, streams
+from sparsevila_compile.kernels.w4a16_linear.stream import LONG, WIDE, stream_tiles, streams
 from sparsevila_compile.kernels.w4a16_linear.triton import FEW_ROWS
 from tests.kernels.compare import assert_catches_broken, bound_from
 from tests.kernels.w4a16_cases import assert_sums_right, at_odd_addresses, make_case, watched
@@ -75,7 +75,8 @@ def test_compiles_for_hopper() -> None:
 @pytest.mark.parametrize("rows", range(1, FEW_ROWS + 1))
 def test_tiles(rows: int, groups: int, outputs: int) -> None:
     tiles = stream_tiles(rows, outputs, groups, 132)
-    taken = groups % 4 == 0 and (rows == 1 or outputs >= WIDE)
+    short = rows == 2 and groups < LONG and outputs >= 8
+    taken = groups % 4 == 0 and (rows == 1 or outputs >= WIDE or short)
     assert (tiles is not None) == taken
     if tiles is not None:
         assert tiles.tokens in (1, 2, 4, 8)
@@ -110,7 +111,8 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ("rows", "groups", "outputs"),
     [
         (1, 4, 64), (1, 16, 2560), (1, 28, 1001), (1, 28, 4608), (1, 40, 5121), (1, 148, 3584),
-        (1, 28, 37888), (2, 28, 37888), (3, 40, 22017), (4, 40, 16384), (5, 64, 16400), (8, 40, 22016),
+        (1, 28, 37888), (2, 28, 37888), (3, 16, 22017), (4, 40, 16384),
+        (2, 28, 1000), (5, 28, 37888), (5, 64, 16400), (8, 16, 22016), (8, 40, 22016),
     ],
 )  # fmt: skip
 def test_triton_streams(
