@@ -58,7 +58,10 @@ def _gather(g: GraphWriter, node: fx.Node) -> Value:
 @converts(aten.select.int)
 def _select(g: GraphWriter, node: fx.Node) -> Value:
     x, dim, index = node.args[:3]
-    at = g.op("Squeeze", g.length(index), g.constant([0]))
+    if isinstance(index, int):
+        at = g.constant(index)
+    else:
+        at = g.op("Squeeze", g.length(index), g.constant([0]))
     return g.op("Gather", g.tensor(x), at, axis=dim_of(x, dim))  # type: ignore[arg-type]
 
 
