@@ -35,6 +35,7 @@ from sparsevila_compile.onnx.canonical import ONNX_OPS
 from sparsevila_compile.onnx.export import register_schemas
 from sparsevila_compile.onnx.graph_writer import ONNX_TYPES
 from tests.kernels.compare import assert_catches_broken, assert_close_to
+from tests.onnx.graphs import read_on_both_sides, run_strictly
 from tests.onnx.stock import session
 
 BOUND = 5e-6
@@ -92,7 +93,13 @@ def run(
     register_schemas()
     onnx.checker.check_model(model, full_check=not fused)  # it has no schemas of ONNX Runtime's ops
     feeds = {k: t.contiguous().numpy() for k, t in inputs.items() if t is not None}
-    return [torch.from_numpy(np.array(a)) for a in session(model).run(None, feeds)]
+    found = session(model).run(None, feeds)
+    assert read_on_both_sides(model) == []
+    if not fused:
+        for mine, strict in zip(found, run_strictly(model, feeds), strict=True):
+            bound = 1e-3 if mine.dtype == np.float16 else 1e-5
+            np.testing.assert_allclose(strict, mine, rtol=bound, atol=bound)
+    return [torch.from_numpy(np.array(a)) for a in found]
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -482,6 +489,28 @@ def test_select_tokens_of_many_equal_scores() -> None:
         start, offset = start + n, offset + n // 3
     out = _select(scores, segments, offset)
     assert (out >= 0).all()
+
+
+def test_select_tokens_of_special_scores() -> None:
+    """The least number, -inf and NaN are three ranks; rows of more and less than CUDA's 256."""
+    g = torch.Generator().manual_seed(7)
+    least = torch.finfo(torch.float32).min
+    kinds = torch.tensor([least, -torch.inf, torch.nan, torch.inf, 0.0, -0.0, -1.0])
+    for weights in ([1.0] * 7, [5.0, 5, 5, 0, 0, 0, 0.01], [0.0, 1, 1, 0, 0, 0, 0]):
+        drawn = torch.multinomial(torch.tensor(weights), 700, replacement=True, generator=g)
+        segments, start, offset = [], 0, 0
+        for n, keep in ((300, 170), (40, 0), (300, 300), (0, 0), (59, 58), (1, 1)):
+            segments.append((start, n, keep, offset))
+            start, offset = start + n, offset + keep
+        assert start == len(drawn)
+        assert (_select(kinds[drawn], segments, offset) >= 0).all()
+
+
+def test_select_tokens_of_no_segments() -> None:
+    none = torch.empty(0, dtype=torch.int64)
+    inputs = dict.fromkeys(("starts", "lengths", "keep", "offsets"), none)
+    given = {"scores": normal(3), **inputs, "total": torch.tensor([2])}
+    assert run("SelectTokens", given)[0].tolist() == [-1, -1]
 
 
 # ------------------------------------------------------- elementwise, linears
