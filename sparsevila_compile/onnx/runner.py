@@ -51,6 +51,7 @@ HOST_OPS = frozenset(
         "Not",
         "Or",
         "Range",
+        "Reciprocal",
         "Reshape",
         "Shape",
         "Size",
@@ -258,6 +259,7 @@ class OnnxRunner:
                 graph.binding.bind_output(name, self.device.type, self.device.index or 0)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # the session has its own
+        # Returns when the device is done, unless a run option says otherwise: torch may read at once.
         graph.session.run_with_iobinding(graph.binding)
         values = graph.binding._iobinding.get_outputs()
         return {

@@ -31,6 +31,7 @@ def test_cuda_answers_as_the_cpu_does(
         prompt = tiny.inputs(name, rows)
         expected = host.generate(**prompt, conversation=left, **tiny.greedy(16))
         found = device.generate(**prompt, conversation=right, **tiny.greedy(16))
+        assert device.usage == host.usage, "both retrieve, or neither does"
         assert torch.equal(found.cpu(), expected)
         assert right.cache is not None
         assert {t.device.type for t in right.cache.tensors.values()} == {"cuda"}
