@@ -60,7 +60,8 @@ def passes(sparse: Load | None) -> list[Any]:
     listed: list[tuple[str, dict[str, Any]]] = [("insert_kv_cache", {"max_length": 65536})]
     if sparse is not None:
         listed.insert(0, ("prune_visual_tokens", {"keep_ratio": sparse.prune}))
-        listed.append(("sparsify_decode_attention", {"keep_ratio": sparse.retrieve}))
+        options = {"keep_ratio": sparse.retrieve, "when": "always"}  # this is what is measured
+        listed.append(("sparsify_decode_attention", options))
     listed += [(name, {}) for name in FUSING]
     return [PASSES[n](PASSES[n].config_type(**options)) for n, options in listed]
 

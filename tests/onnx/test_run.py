@@ -84,8 +84,8 @@ def test_videos_and_sizes_without_another_export() -> None:
 
 def test_long_prompts_come_in_chunks() -> None:
     one, other = pair("llava")
-    other.engine.runner.prefill_chunk = 8  # of 256 at least a row: the prompt is longer
-    row: tiny.Row = [Image(1), *words(250)]
+    other.engine.runner.prefill_chunk = 8  # of 128 at least a row: the prompt is longer
+    row: tiny.Row = [Image(1), *words(125)]
     prompt = tiny.inputs("llava", [row])
     expected = one.generate(**prompt, **tiny.greedy(8))
     ran: list[int] = []
