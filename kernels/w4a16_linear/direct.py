@@ -39,7 +39,7 @@ class DirectTiles(NamedTuple):
         return cdiv(self.share(groups), self.warps * 8 // self.tokens)
 
 
-def direct_tiles(rows: int, outputs: int, groups: int, multiprocessors: int) -> DirectTiles | None:
+def direct_tiles(rows: int, outputs: int, groups: int) -> DirectTiles | None:
     """Sizes for ``rows`` tokens and a weight of ``outputs`` rows of ``groups`` groups; measured.
 
     None where another kernel is faster, or there are too few outputs for a tile. Shorter rows of the

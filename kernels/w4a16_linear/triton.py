@@ -172,11 +172,11 @@ def _few(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.
     outputs, groups = weight.outputs, weight.groups
     if streams(x.device, x.dtype, weight.group_size):
         stored = weight.qweight, weight.scales, weight.zero_points, bias, out
-        sizes = x.shape[0], outputs, groups, processors(x.device)
+        sizes = x.shape[0], outputs, groups
         if (straight := direct_tiles(*sizes)) is not None:
             direct(x, *stored, straight)
             return
-        if (streamed := stream_tiles(*sizes)) is not None:
+        if (streamed := stream_tiles(*sizes, processors(x.device))) is not None:
             stream(x, *stored, streamed)
             return
     tiles = few_tiles(x.shape[0], outputs, groups, processors(x.device))

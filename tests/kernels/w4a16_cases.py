@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from sparsevila_compile.kernels.w4a16_linear import triton as implementation
+from sparsevila_compile.kernels.w4a16_linear.op import OP
 from sparsevila_compile.kernels.w4a16_linear.packing import pack_int4
 from sparsevila_compile.kernels.w4a16_linear.triton import MID_ROWS
+from tests.kernels.compare import assert_catches_broken, bound_from
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -130,3 +132,16 @@ def assert_sums_right(out: torch.Tensor, case: Case) -> None:
     assert not wrong.any(), (
         f"{int(wrong.sum())} of {wrong.numel()} off by up to {worst:.3g} x allowed"
     )
+
+
+def assert_right_and_repeatable(case: Case) -> None:
+    """The Triton implementation's sums are right, with bias and without, and the same every time;
+    and the comparison would notice a broken result."""
+    out = OP.overload(*case.args, impl="triton")
+    assert_sums_right(out, case)
+    exact = case.exact()
+    assert_catches_broken(out, exact, bound_from(case.eager(), exact))
+    for _ in range(3):
+        assert torch.equal(out, OP.overload(*case.args, impl="triton")), "differs from run to run"
+    bare = replace(case, bias=None)
+    assert_sums_right(OP.overload(*bare.args, impl="triton"), bare)
